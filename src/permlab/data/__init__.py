@@ -1,0 +1,1 @@
+"""Datasets: a specification known before torch is imported, and loaders."""

@@ -1,0 +1,1 @@
+"""Methods produce a permutation for a site; one file per class, one YAML per preset."""

@@ -1,0 +1,148 @@
+"""What every method has in common: phases, temperature, groups, and the statistics that are logged."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from permlab.ops.distance import displacement, kendall
+from permlab.ops.schedule import parse
+from permlab.permutation import PermutationSample, Site
+
+Phase = Literal["warmup", "active", "frozen"]
+
+
+class Method(nn.Module):
+    """Produces a permutation for one site.
+
+    Training runs through three phases: `warmup` (the starting order), `active` (the method
+    samples and learns while its temperature follows the schedule) and `frozen` (the learned
+    order, hard and deterministic, while the rest of the model adapts to it). In evaluation
+    mode and when frozen, the forward pass returns `best`.
+
+    Phase and temperature are functions of the optimiser step, set by `advance`; they are no
+    state, so a resumed run needs none of it.
+
+    Subclasses implement `sample`, `best` and `scores`, and `soft_matrix` where they have one.
+    Their constructor's keyword-only arguments are their options.
+
+    Args:
+        site: where the permutation acts.
+        temperature: a number, or a schedule over the active phase; see `permlab.ops.schedule`.
+        lr: peak learning rate of the method's parameters.
+        warmup_fraction: part of the training steps during which the starting order is kept.
+        freeze_fraction: last part of the training steps, with the learned order fixed.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        temperature: float | Mapping[str, Any] = 1.0,
+        lr: float = 0.0,
+        warmup_fraction: float = 0.0,
+        freeze_fraction: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if warmup_fraction + freeze_fraction > 1:
+            raise ValueError(f"warmup_fraction {warmup_fraction} + freeze_fraction {freeze_fraction} exceeds 1")
+        self.site = site
+        self.lr = lr
+        self.warmup_fraction, self.freeze_fraction = warmup_fraction, freeze_fraction
+        self.schedule = parse(temperature)
+        self.phase: Phase = "active"
+        self.temperature = self.schedule.at(0.0)
+        self.register_buffer("start_order", site.order.clone(), persistent=False)
+
+    start_order: Tensor
+
+    @property
+    def num_items(self) -> int:
+        return self.site.num_items
+
+    @property
+    def group_size(self) -> int:
+        return self.site.num_items // self.site.num_groups
+
+    def advance(self, step: int, num_steps: int) -> None:
+        """Set phase and temperature for an optimiser step (counted from 0) of `num_steps`."""
+        begin = round(self.warmup_fraction * num_steps)
+        end = num_steps - round(self.freeze_fraction * num_steps)
+        self.phase = "warmup" if step < begin else "frozen" if step >= end else "active"
+        progress = (step - begin) / max(1, end - begin - 1)
+        self.temperature = self.schedule.at(min(max(progress, 0.0), 1.0))
+
+    def forward(
+        self, items: Float[Tensor, "*b n d"] | None = None, *, generator: torch.Generator | None = None
+    ) -> PermutationSample:
+        """Sample a permutation; items are needed only where the order depends on them."""
+        if self.training and self.phase == "active":
+            return self.sample(items, generator)
+        warm = self.training and self.phase == "warmup"
+        with torch.no_grad():
+            order = self.start_order if warm else self.best(items)
+        return PermutationSample(order=order, soft=None, log_prob=None, estimator="none")
+
+    def sample(self, items: Tensor | None, generator: torch.Generator | None) -> PermutationSample:
+        """One draw in the active phase."""
+        raise NotImplementedError(f"{type(self).__name__} defines no sample")
+
+    def best(self, items: Float[Tensor, "*b n d"] | None = None) -> Int64[Tensor, "*c n"]:
+        """The deterministic order used for evaluation."""
+        raise NotImplementedError(f"{type(self).__name__} defines no best")
+
+    def scores(self, items: Float[Tensor, "*b n d"] | None = None) -> Tensor | None:
+        """What the method learns: `[*c, n]` or `[g, m, m]` for g groups of m; None where nothing is learned."""
+        return None
+
+    def soft_matrix(self, items: Float[Tensor, "*b n d"] | None = None) -> Float[Tensor, "*c n n"] | None:
+        """The noise-free relaxation at the present temperature, or None; for statistics and pictures."""
+        return None
+
+    def entropy(self, items: Tensor | None = None) -> Tensor:
+        """How undecided the method is: 0 for one order, 1 for a uniform law; mean over rows and batch.
+
+        For a relaxation, the mean row entropy of the soft matrix over log m, m the group size.
+        """
+        soft = self.soft_matrix(items)
+        if soft is None or self.group_size == 1:
+            return torch.zeros((), device=self.start_order.device)
+        return torch.special.entr(soft.float()).sum(-1).mean() / torch.tensor(float(self.group_size)).log()
+
+    def advantage(self, reward: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """Reward minus baseline, for methods whose samples have a `log_prob`."""
+        raise NotImplementedError(f"{type(self).__name__} has no log_prob")
+
+    @torch.no_grad()
+    def statistics(self, items: Tensor | None = None) -> dict[str, Tensor]:
+        """Entropy, temperature, and how far the best order is from the start (mean over a batch of orders)."""
+        order = self.best(items)
+        return {
+            "entropy": self.entropy(items),
+            "temperature": torch.tensor(self.temperature),
+            "kendall": kendall(order, self.start_order).mean(),
+            "displacement": displacement(order, self.start_order).mean(),
+        }
+
+    # Groups: subclasses work on [*b, g, m] blocks; these two put blocks together.
+
+    def merge_orders(self, blocks: Int64[Tensor, "*b g m"]) -> Int64[Tensor, "*b n"]:
+        """Order over all items from one order per group, each counted within its group."""
+        offset = torch.arange(blocks.shape[-2], device=blocks.device).unsqueeze(-1) * blocks.shape[-1]
+        return (blocks + offset).flatten(-2)
+
+    def merge_matrices(self, blocks: Float[Tensor, "*b g m m"]) -> Float[Tensor, "*b n n"]:
+        """Block-diagonal matrix over all items from one matrix per group."""
+        num_groups, size = blocks.shape[-3], blocks.shape[-1]
+        if num_groups == 1:
+            return blocks.squeeze(-3)
+        eye = torch.eye(num_groups, dtype=blocks.dtype, device=blocks.device)
+        spread = blocks.unsqueeze(-2) * eye[:, None, :, None]
+        return spread.reshape(*blocks.shape[:-3], num_groups * size, num_groups * size)
+
+    def split_order(self, order: Int64[Tensor, "*b n"]) -> Int64[Tensor, "*b g m"]:
+        """Inverse of `merge_orders`."""
+        blocks = order.unflatten(-1, (self.site.num_groups, self.group_size))
+        return blocks % self.group_size

@@ -1,0 +1,1 @@
+"""Backbones: embed images or token ids into items, read items in a given order."""

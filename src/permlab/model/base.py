@@ -1,0 +1,61 @@
+"""What every backbone has in common: embed into items, read items in a given order."""
+
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from permlab.data.spec import DataSpec
+
+
+class Backbone(nn.Module):
+    """A network cut in two at the place where its items can be permuted.
+
+    `embed` turns a batch of samples into items; the order is applied in between; `read` turns
+    the items, now in slots, into logits. A backbone knows nothing of methods. `read` is
+    `head(encode(items))`, `encode` ending in the pooled features that distillation may match.
+
+    Attributes:
+        reads: kinds of data it reads, a literal tuple (`image`, `text`).
+        num_items: number of items per sample.
+        num_features: length of an item's feature vector.
+        height, width: rows and columns of the patch grid (1 x length for text).
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ("image",)
+    head: nn.Module
+    num_items: int
+    num_features: int
+    height: int
+    width: int
+
+    def set_grid(self, spec: DataSpec, patch_size: int) -> None:
+        """Take the number of items from the data's shape."""
+        self.height, self.width = spec.grid(patch_size)
+        self.num_items = self.height * self.width
+
+    def embed(self, inputs: Tensor) -> Float[Tensor, "b n d"]:
+        raise NotImplementedError(f"{type(self).__name__} defines no embed")
+
+    def encode(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b f"]:
+        raise NotImplementedError(f"{type(self).__name__} defines no encode")
+
+    def read(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b k"]:
+        return self.head(self.encode(items))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits with the items in their own (raster) order."""
+        return self.read(self.embed(inputs))
+
+
+def patchify(images: Float[Tensor, "b c h w"], patch_size: int) -> Float[Tensor, "b n d"]:
+    """Cut images into square patches in raster order, each flattened channel-first.
+
+    Shapes:
+        n: (h / patch_size) * (w / patch_size).  d: c * patch_size^2.
+    Example:
+        >>> patchify(torch.arange(4.0).reshape(1, 1, 2, 2), 1).flatten()
+        tensor([0., 1., 2., 3.])
+    """
+    blocks = images.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)
+    return blocks.movedim(1, 3).flatten(3).flatten(1, 2)

@@ -1,0 +1,1 @@
+"""Tasks: what is trained, with which loss and which metrics."""
