@@ -59,9 +59,9 @@ Temperature = Annotated[float | Mapping[str, Any], _TemperatureType]
 # A scan-order name, a list of item indices, or the path of an .npz file with an `order` array.
 Order = Annotated[str | Sequence[int], _OrderType]
 
-_NAMESPACE: dict[str, Any] = {
-    name: value for name, value in globals().items() if not name.startswith("_")
-} | {"__builtins__": {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}}
+_NAMESPACE: dict[str, Any] = {name: value for name, value in globals().items() if not name.startswith("_")} | {
+    "__builtins__": {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
+}
 
 REQUIRED = object()
 
@@ -145,11 +145,9 @@ def matches(value: Any, type_: Any) -> bool:
     if get_origin(type_) is Annotated:
         base, *marks = get_args(type_)
         if _TemperatureType in marks:
-            return _is_number(value) and value >= 0 or isinstance(value, Mapping)
+            return (_is_number(value) and value >= 0) or isinstance(value, Mapping)
         if _OrderType in marks:
-            return isinstance(value, str) or (
-                isinstance(value, list) and all(isinstance(item, int) for item in value)
-            )
+            return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, int) for item in value))
         return matches(value, base) and all(value in mark for mark in marks)
     if get_origin(type_) is Literal:
         return value in get_args(type_)

@@ -5,7 +5,6 @@ item `order[i]`. Its *rank* is the inverse, `rank[j]` being the slot of item `j`
 says the same as 0/1 (or soft) entries with row = slot and column = item, `y = matrix @ x`.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,17 +73,26 @@ def check_order(order: Tensor) -> None:
     """Raise unless the last axis holds a permutation of 0..n-1.
 
     Raises:
-        ValueError: naming the first index that is missing, or a wrong dtype.
+        ValueError: naming a wrong dtype or shape, or the first offending order with an index it lacks.
+    Example:
+        >>> check_order(torch.tensor([0, 0, 1]))
+        Traceback (most recent call last):
+        ValueError: not a permutation of 0..2, index 2 is missing: [0, 0, 1]
     """
     if order.dtype != torch.int64:
         raise ValueError(f"an order is int64, got {order.dtype}")
     if order.ndim == 0 or order.shape[-1] == 0:
         raise ValueError(f"an order has at least one item, got shape {tuple(order.shape)}")
     expected = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    wrong = order.sort(dim=-1).values != expected
+    wrong = (order.sort(dim=-1).values != expected).any(-1)
     if wrong.any():
-        missing = int(wrong.reshape(-1, order.shape[-1]).any(0).nonzero()[0])
-        raise ValueError(f"not a permutation of 0..{order.shape[-1] - 1}: index {missing} is missing or repeated")
+        found = order[wrong][0].tolist()
+        missing = min(set(range(len(found))) - set(found))
+        raise ValueError(f"not a permutation of 0..{len(found) - 1}, index {missing} is missing: {_shorten(found)}")
+
+
+def _shorten(indices: list[int]) -> str:
+    return str(indices) if len(indices) <= 16 else f"[{', '.join(map(str, indices[:16]))}, ...]"
 
 
 def invert(order: Int64[Tensor, "*b n"]) -> Int64[Tensor, "*b n"]:
@@ -97,14 +105,17 @@ def invert(order: Int64[Tensor, "*b n"]) -> Int64[Tensor, "*b n"]:
     Returns:
         int64, `invert(order)[order[i]] == i`, on the device of the input.
     Raises:
-        ValueError: if the dtype is not int64.
-    Cost: O(n), one scatter.
+        ValueError: if the input is no permutation.
+    Cost: O(n log n), for the check.
     Example:
         >>> invert(torch.tensor([2, 0, 1]))
         tensor([1, 2, 0])
     """
-    if order.dtype != torch.int64:
-        raise ValueError(f"an order is int64, got {order.dtype}")
+    check_order(order)
+    return _invert(order)
+
+
+def _invert(order: Tensor) -> Tensor:
     slots = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, slots)
 
@@ -120,14 +131,13 @@ def order_to_matrix(order: Int64[Tensor, "*b n"], *, dtype: torch.dtype = torch.
     Returns:
         Matrix with `matrix[i, order[i]] = 1` and zeros elsewhere, so `matrix @ x == x[order]`.
     Raises:
-        ValueError: if the dtype of `order` is not int64.
+        ValueError: if `order` is no permutation.
     Example:
         >>> order_to_matrix(torch.tensor([1, 0]))
         tensor([[0., 1.],
                 [1., 0.]])
     """
-    if order.dtype != torch.int64:
-        raise ValueError(f"an order is int64, got {order.dtype}")
+    check_order(order)
     matrix = torch.zeros(*order.shape, order.shape[-1], dtype=dtype, device=order.device)
     return matrix.scatter_(-1, order.unsqueeze(-1), 1)
 
@@ -173,8 +183,17 @@ def permute(x: Tensor, sample: PermutationSample) -> Tensor:
 
 
 def gather_items(x: Float[Tensor, "*b n d"], order: Int64[Tensor, "*c n"]) -> Float[Tensor, "*e n d"]:
-    """Items by slot, `y[..., i, :] = x[..., order[..., i], :]`, batch axes broadcast.
+    """Items by slot, `y[..., i, :] = x[..., order[..., i], :]`.
 
+    The order is not checked: this runs at every step, on orders that methods vouch for.
+
+    Shapes:
+        b, c: any batch axes, broadcast against each other to e.  n: slots and items.  d: features.
+    Args:
+        x: items, any floating dtype.
+        order: gather indices.
+    Returns:
+        Items by slot, dtype and device of `x`.
     Cost: O(n d); one `index_select` where the order is shared by the whole batch.
     Example:
         >>> gather_items(torch.tensor([[1.0], [2.0]]), torch.tensor([1, 0])).flatten()
@@ -199,17 +218,21 @@ class _StraightThrough(torch.autograd.Function):
         x, order = ctx.saved_tensors
         grad_x = grad_soft = None
         if ctx.needs_input_grad[0]:
-            grad_x = gather_items(grad, invert(order)).sum_to_size(x.shape)
+            grad_x = gather_items(grad, _invert(order)).sum_to_size(x.shape)
         if ctx.needs_input_grad[2]:
             grad_soft = _outer_over_features(grad, x, ctx.soft_shape).to(ctx.soft_dtype)
         return grad_x, None, grad_soft
 
 
 def _outer_over_features(grad: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
-    """`grad @ x^T` summed over the batch axes that a soft matrix of this shape does not have."""
-    if math.prod(shape[:-2]) == 1:
-        batch = torch.broadcast_shapes(grad.shape[:-2], x.shape[:-2])
-        left = grad.expand(*batch, *grad.shape[-2:]).movedim(-2, 0).flatten(1)
-        right = x.expand(*batch, *x.shape[-2:]).movedim(-2, 0).flatten(1)
-        return (left @ right.T).reshape(shape)
-    return (grad @ x.mT).sum_to_size(shape)
+    """`grad @ x^T` summed over the batch axes that a soft matrix of this shape does not have.
+
+    The sum is part of the contraction: a matrix per batch entry would cost n / d times the memory of the items.
+    """
+    num_axes = grad.ndim - 2
+    axes = list(range(num_axes))
+    lengths = (1,) * (grad.ndim - len(shape)) + shape[:-2]
+    kept = [axis for axis in axes if lengths[axis] != 1]
+    slot, item, feature = num_axes, num_axes + 1, num_axes + 2
+    left, right = [*axes, slot, feature], [*axes[grad.ndim - x.ndim :], item, feature]
+    return torch.einsum(grad, left, x, right, [*kept, slot, item]).reshape(shape)

@@ -13,6 +13,9 @@ from permlab.permutation import PermutationSample, Site
 
 Phase = Literal["warmup", "active", "frozen"]
 
+# Far beyond any score in use; over the lowest temperature of a schedule it is far from overflow.
+MAX_SCORE = 1e4
+
 
 class Method(nn.Module):
     """Produces a permutation for one site.
@@ -25,8 +28,9 @@ class Method(nn.Module):
     Phase and temperature are functions of the optimiser step, set by `advance`; they are no
     state, so a resumed run needs none of it.
 
-    Subclasses implement `sample`, `best` and `scores`, and `soft_matrix` where they have one.
-    Their constructor's keyword-only arguments are their options.
+    Subclasses implement `sample` and `best`, `scores` and `soft_matrix` where they have them,
+    and `advantage` where their samples have a `log_prob`. Their constructor's keyword-only
+    arguments are their options.
 
     Args:
         site: where the permutation acts.
@@ -34,7 +38,13 @@ class Method(nn.Module):
         lr: peak learning rate of the method's parameters.
         warmup_fraction: part of the training steps during which the starting order is kept.
         freeze_fraction: last part of the training steps, with the learned order fixed.
+    Raises:
+        ValueError: if the two fractions exceed 1 together, or the temperature is no schedule.
     """
+
+    start_order: Tensor
+    # Whether order and scores depend on the items of the input; then a run has no single learned order.
+    needs_items: bool = False
 
     def __init__(
         self,
@@ -56,8 +66,6 @@ class Method(nn.Module):
         self.temperature = self.schedule.at(0.0)
         self.register_buffer("start_order", site.order.clone(), persistent=False)
 
-    start_order: Tensor
-
     @property
     def num_items(self) -> int:
         return self.site.num_items
@@ -67,7 +75,16 @@ class Method(nn.Module):
         return self.site.num_items // self.site.num_groups
 
     def advance(self, step: int, num_steps: int) -> None:
-        """Set phase and temperature for an optimiser step (counted from 0) of `num_steps`."""
+        """Set phase and temperature for an optimiser step (counted from 0) of `num_steps`.
+
+        The schedule runs over the active phase: its start falls on the first active step, its
+        end on the last.
+
+        Raises:
+            ValueError: if there are no steps, or the step is negative.
+        """
+        if num_steps < 1 or step < 0:
+            raise ValueError(f"step {step} of {num_steps}: expected step >= 0 and at least one step")
         begin = round(self.warmup_fraction * num_steps)
         end = num_steps - round(self.freeze_fraction * num_steps)
         self.phase = "warmup" if step < begin else "frozen" if step >= end else "active"
@@ -98,7 +115,7 @@ class Method(nn.Module):
         return None
 
     def soft_matrix(self, items: Float[Tensor, "*b n d"] | None = None) -> Float[Tensor, "*c n n"] | None:
-        """The noise-free relaxation at the present temperature, or None; for statistics and pictures."""
+        """A relaxation at the present temperature, free of chance; None where there is none. For pictures."""
         return None
 
     def entropy(self, items: Tensor | None = None) -> Tensor:
@@ -111,8 +128,8 @@ class Method(nn.Module):
             return torch.zeros((), device=self.start_order.device)
         return torch.special.entr(soft.float()).sum(-1).mean() / torch.tensor(float(self.group_size)).log()
 
-    def advantage(self, reward: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-        """Reward minus baseline, for methods whose samples have a `log_prob`."""
+    def advantage(self, reward: Float[Tensor, "*b"]) -> Float[Tensor, "*c"]:
+        """Reward minus baseline in the shape of `log_prob`, for methods whose samples have one."""
         raise NotImplementedError(f"{type(self).__name__} has no log_prob")
 
     @torch.no_grad()
@@ -126,7 +143,22 @@ class Method(nn.Module):
             "displacement": displacement(order, self.start_order).mean(),
         }
 
-    # Groups: subclasses work on [*b, g, m] blocks; these two put blocks together.
+    # Groups: subclasses work on blocks [*b, g, m], g groups of m items; these take apart and put together.
+
+    def split_scores(self, scores: Float[Tensor, "*b n"]) -> Float[Tensor, "*b g m"]:
+        """Scores by group."""
+        return scores.unflatten(-1, (self.site.num_groups, self.group_size))
+
+    def sort_by_score(self, scores: Float[Tensor, "*b n"]) -> Int64[Tensor, "*b n"]:
+        """Order of falling score within each group; ties keep the starting order."""
+        blocks = self.split_scores(scores[..., self.start_order])
+        places = self.merge_orders(blocks.argsort(dim=-1, descending=True, stable=True))
+        return self.start_order[places]
+
+    def split_order(self, order: Int64[Tensor, "*b n"]) -> Int64[Tensor, "*b g m"]:
+        """One order per group, each counted within its group; inverse of `merge_orders`."""
+        blocks = order.unflatten(-1, (self.site.num_groups, self.group_size))
+        return blocks % self.group_size
 
     def merge_orders(self, blocks: Int64[Tensor, "*b g m"]) -> Int64[Tensor, "*b n"]:
         """Order over all items from one order per group, each counted within its group."""
@@ -141,8 +173,3 @@ class Method(nn.Module):
         eye = torch.eye(num_groups, dtype=blocks.dtype, device=blocks.device)
         spread = blocks.unsqueeze(-2) * eye[:, None, :, None]
         return spread.reshape(*blocks.shape[:-3], num_groups * size, num_groups * size)
-
-    def split_order(self, order: Int64[Tensor, "*b n"]) -> Int64[Tensor, "*b g m"]:
-        """Inverse of `merge_orders`."""
-        blocks = order.unflatten(-1, (self.site.num_groups, self.group_size))
-        return blocks % self.group_size

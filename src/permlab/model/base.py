@@ -13,7 +13,10 @@ class Backbone(nn.Module):
 
     `embed` turns a batch of samples into items; the order is applied in between; `read` turns
     the items, now in slots, into logits. A backbone knows nothing of methods. `read` is
-    `head(encode(items))`, `encode` ending in the pooled features that distillation may match.
+    `head(encode(items))`, `encode` ending in the features that distillation may match: pooled to one
+    vector for images, one per slot for text.
+
+    Parameters that weight decay would only pull towards an arbitrary zero are marked by `free_of_decay`.
 
     Attributes:
         reads: kinds of data it reads, a literal tuple (`image`, `text`).
@@ -37,15 +40,21 @@ class Backbone(nn.Module):
     def embed(self, inputs: Tensor) -> Float[Tensor, "b n d"]:
         raise NotImplementedError(f"{type(self).__name__} defines no embed")
 
-    def encode(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b f"]:
+    def encode(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b *slots f"]:
         raise NotImplementedError(f"{type(self).__name__} defines no encode")
 
-    def read(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b k"]:
+    def read(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b *slots k"]:
         return self.head(self.encode(items))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits with the items in their own (raster) order."""
         return self.read(self.embed(inputs))
+
+
+def free_of_decay(parameter: nn.Parameter) -> nn.Parameter:
+    """The same parameter, marked for the optimiser to leave out of weight decay whatever its shape."""
+    parameter._no_weight_decay = True  # type: ignore[attr-defined]
+    return parameter
 
 
 def patchify(images: Float[Tensor, "b c h w"], patch_size: int) -> Float[Tensor, "b n d"]:

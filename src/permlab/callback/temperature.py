@@ -1,0 +1,13 @@
+"""Steps a method's phase and temperature with the optimiser."""
+
+import lightning as L
+
+
+class Temperature(L.Callback):
+    """Tells the method, before every batch, which optimiser step of how many this is.
+
+    Phase and temperature follow from the two alone, so accumulation and resuming need no care.
+    """
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        pl_module.method.advance(trainer.global_step, pl_module.num_steps)

@@ -1,0 +1,475 @@
+"""Schema, validation and construction: the one place that knows how YAML becomes objects.
+
+A group's schema is its dataclass below (keys that every component of the group has) joined
+with the options of the chosen component, which are the keyword-only arguments of its
+constructor. Everything here but `build` runs before torch is imported.
+"""
+
+import copy
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from permlab.data.spec import DataSpec
+from permlab.errors import ConfigError
+from permlab.ops.scan_order import check_name
+from permlab.ops.schedule import parse
+from permlab.option import (
+    REQUIRED,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Option,
+    Order,
+    PositiveFloat,
+    PositiveInt,
+    choices,
+    class_constant,
+    describe,
+    matches,
+    options_of,
+)
+
+PACKAGE = Path(__file__).resolve().parent
+CONF = PACKAGE.parents[1] / "conf"
+COMPONENT_GROUPS = ("model", "method", "task", "data")
+GROUPS = (*COMPONENT_GROUPS, "optim", "trainer", "logger")
+# Where a run is made, not what it computes: left out of the hash that names the run.
+MACHINE_KEYS = (
+    "seed",
+    "force",
+    "ckpt_path",
+    "paths",
+    "logger",
+    "data.num_workers",
+    "data.root",
+    "optim.name",
+    "trainer.name",
+    "trainer.accelerator",
+    "trainer.strategy",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+    "trainer.profiler",
+)
+# Arguments of lightning.Trainer that this package sets itself.
+OWN_TRAINER_KEYS = (
+    "logger",
+    "callbacks",
+    "default_root_dir",
+    "enable_checkpointing",
+    "use_distributed_sampler",
+    "plugins",
+    "barebones",
+    "fast_dev_run",
+    "num_sanity_val_steps",
+    "reload_dataloaders_every_n_epochs",
+    "enable_autolog_hparams",
+    "model_registry",
+)
+
+
+@dataclass
+class ComponentKeys:
+    """Every component: the preset's name and the file of its class."""
+
+    name: str
+    component: str
+
+
+@dataclass
+class ModelKeys(ComponentKeys):
+    lr: PositiveFloat  # recommended peak of the preset, which optim.lr refers to
+
+
+@dataclass
+class MethodKeys(ComponentKeys):
+    order: Order  # starting order, or the order of `fixed`
+
+
+@dataclass
+class TaskKeys(ComponentKeys):
+    control: bool  # also train the starting order held fixed, and a fresh model under the learned order
+
+
+@dataclass
+class DataKeys(ComponentKeys):
+    batch_size: PositiveInt  # per process
+    num_workers: NonNegativeInt
+
+
+@dataclass
+class OptimKeys:
+    name: str
+    lr: PositiveFloat
+    weight_decay: NonNegativeFloat
+    beta1: Fraction
+    beta2: Fraction
+    schedule: Literal["onecycle", "cosine", "linear", "constant"]
+    warmup_fraction: Fraction
+
+
+@dataclass
+class TrainerKeys:
+    """The arguments of lightning.Trainer whose values are checked; the others are passed on by name."""
+
+    name: str
+    accelerator: str
+    strategy: str
+    devices: PositiveInt | Literal["auto", -1] | list[int] | str
+    num_nodes: PositiveInt
+    precision: str | Literal[16, 32, 64]
+    max_steps: PositiveInt | Literal[-1]
+    max_epochs: PositiveInt | Literal[-1] | None
+    accumulate_grad_batches: PositiveInt
+    gradient_clip_val: NonNegativeFloat | None
+    log_every_n_steps: PositiveInt
+    val_check_interval: PositiveInt | Fraction | None
+
+
+@dataclass
+class LoggerKeys:
+    name: str
+    mode: Literal["offline", "online", "disabled"]
+    project: str
+    entity: str | None
+    tags: list[str]
+    log_artifacts: bool
+
+
+@dataclass
+class PathsKeys:
+    runs: str
+    data: str
+
+
+@dataclass
+class RootKeys:
+    seed: NonNegativeInt
+    force: bool
+    ckpt_path: str | None
+
+
+_SCHEMAS: dict[str, type] = {
+    "": RootKeys,
+    "paths": PathsKeys,
+    "model": ModelKeys,
+    "method": MethodKeys,
+    "task": TaskKeys,
+    "data": DataKeys,
+    "optim": OptimKeys,
+    "trainer": TrainerKeys,
+    "logger": LoggerKeys,
+}
+
+
+# Components and their options
+
+
+def class_name(component: str) -> str:
+    """CamelCase of a file stem: `ssm_probe` -> `SsmProbe`."""
+    return "".join(part.capitalize() for part in component.split("_"))
+
+
+def component_path(group: str, component: str) -> Path:
+    """Source file of a component; the name may not leave the group's folder."""
+    path = PACKAGE / group / f"{component}.py"
+    if not re.fullmatch(r"[a-z0-9_]+", str(component)) or not path.is_file():
+        stems = [file.stem for file in (PACKAGE / group).glob("*.py") if file.stem != "__init__"]
+        raise ConfigError(f"{group}.component={component}: no such file{nearest(component, stems)}")
+    return path
+
+
+def component_options(group: str, component: str) -> dict[str, Option]:
+    return options_of(component_path(group, component), class_name(component))
+
+
+def schema(group: str, component: str | None) -> dict[str, Option]:
+    """Keys of a group: the shared ones and those of the chosen component."""
+    own = {field.name: Option(field.type) for field in fields(_SCHEMAS[group])}
+    if group in COMPONENT_GROUPS and component is not None:
+        own |= component_options(group, component)
+    if group == "trainer":
+        own |= {key: option for key, option in _lightning_options().items() if key not in own}
+    return own
+
+
+@cache
+def _lightning_options() -> dict[str, Option]:
+    """Argument names of lightning.Trainer, read from its source (importing it takes seconds)."""
+    import ast
+
+    package = importlib.util.find_spec("lightning")
+    assert package is not None
+    assert package.submodule_search_locations
+    source = Path(package.submodule_search_locations[0], "pytorch", "trainer", "trainer.py").read_text()
+    trainer = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "Trainer")
+    init = next(node for node in trainer.body if getattr(node, "name", "") == "__init__")  # type: ignore[attr-defined]
+    return {a.arg: Option(Any, None) for a in init.args.kwonlyargs if a.arg not in OWN_TRAINER_KEYS}
+
+
+def build(group: str, settings: Mapping[str, Any], *context: Any) -> Any:
+    """Construct the component that `settings` describe: `component_class(*context, **options)`.
+
+    This is the only place that turns a configuration into objects, and it can reach nothing
+    but the classes in the package's own group folders.
+
+    Raises:
+        ConfigError: if the constructor refuses the values.
+    """
+    component = settings["component"]
+    options = {key: settings[key] for key in component_options(group, component) if key in settings}
+    module = importlib.import_module(f"permlab.{group}.{component}")
+    try:
+        return getattr(module, class_name(component))(*context, **options)
+    except ValueError as error:
+        raise ConfigError(f"{group}={settings.get('name', component)}: {error}") from error
+
+
+def data_spec(settings: Mapping[str, Any]) -> DataSpec:
+    """Shape of the configured dataset; its class answers this without importing torch."""
+    return build("data", settings).spec()
+
+
+# Validation
+
+
+def nearest(value: Any, valid: list[Any]) -> str:
+    """Suggestion to append to a problem: the closest valid choice, or all of them if few."""
+    names = [str(choice) for choice in valid]
+    close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    if close:
+        return f"; nearest valid choice: {close[0]}"
+    return f"; valid choices: {', '.join(sorted(names))}" if names else ""
+
+
+def prepare(composed: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Complete configuration and warnings, from what Hydra composed.
+
+    Raises:
+        ConfigError: with every problem of the configuration.
+    """
+    config = copy.deepcopy(dict(composed))
+    warnings = drop_ineffective(config)
+    problems = validate(config)
+    if problems:
+        raise ConfigError(problems)
+    derive(config)
+    return config, warnings
+
+
+def drop_ineffective(config: dict[str, Any]) -> list[str]:
+    """Remove keys that belong to another component of the same group, and say so.
+
+    A sweep over methods sets `method.num_iters` for all of them; it means nothing to some.
+    """
+    warnings = []
+    for group in COMPONENT_GROUPS:
+        settings = config.get(group)
+        if not isinstance(settings, dict) or not (PACKAGE / group / f"{settings.get('component')}.py").is_file():
+            continue
+        known = schema(group, settings["component"])
+        elsewhere = set().union(*(component_options(group, other) for other in _components(group)))
+        for key in [key for key in settings if key not in known and key in elsewhere]:
+            warnings.append(f"{group}.{key}={settings.pop(key)} has no effect with {group}={settings['name']}")
+    return warnings
+
+
+@cache
+def _components(group: str) -> tuple[str, ...]:
+    """Files of a group that hold the class their name promises."""
+    found = []
+    for path in sorted((PACKAGE / group).glob("*.py")):
+        try:
+            options_of(path, class_name(path.stem))
+        except ValueError:
+            continue
+        found.append(path.stem)
+    return tuple(found)
+
+
+def validate(config: Mapping[str, Any]) -> list[str]:
+    """Every problem of a composed configuration, as `key=value: what is wrong; nearest valid choice`."""
+    problems = []
+    for group in ("", "paths", *GROUPS):
+        settings = config if group == "" else config.get(group)
+        if not isinstance(settings, Mapping):
+            problems.append(f"{group}={settings}: expected a group of keys")
+            continue
+        try:
+            problems += _check_group(group, settings)
+        except ConfigError as error:
+            problems += error.problems
+    return problems or _check_across(config)
+
+
+def _check_group(group: str, settings: Mapping[str, Any]) -> list[str]:
+    known = schema(group, settings.get("component"))
+    dotted = f"{group}." if group else ""
+    problems = []
+    for key, value in settings.items():
+        if group == "" and (key in GROUPS or key == "paths"):
+            continue
+        if key not in known:
+            where = [f"{dotted}{name}" for name in known] + ([] if group else list(GROUPS))
+            owned = group == "trainer" and key in OWN_TRAINER_KEYS
+            why = "set by permlab itself" if owned else "unknown key" + nearest(f"{dotted}{key}", where)
+            problems.append(f"{dotted}{key}={value}: {why}")
+        elif value == "???":
+            problems.append(f"{dotted}{key}: missing, expected {describe(known[key].type)}")
+        elif not matches(value, known[key].type) and not _derived_later(group, key, value):
+            hint = nearest(value, choices(known[key].type)) if isinstance(value, str) else ""
+            problems.append(f"{dotted}{key}={value}: expected {describe(known[key].type)}{hint}")
+    missing = [key for key, option in known.items() if key not in settings and option.default is REQUIRED]
+    return problems + [f"{dotted}{key}: missing, expected {describe(known[key].type)}" for key in missing]
+
+
+def _derived_later(group: str, key: str, value: Any) -> bool:
+    return value is None and (group, key) == ("model", "patch_size")
+
+
+def _check_across(config: Mapping[str, Any]) -> list[str]:
+    """Rules that involve more than one key; called once every single key is right."""
+    model, method, trainer = config["model"], config["method"], config["trainer"]
+    problems = []
+    try:
+        spec = data_spec(config["data"])
+    except ConfigError as error:
+        return error.problems
+    problems += _check_kind("model", model, "reads", spec, config) + _check_kind(
+        "task", config["task"], "takes", spec, config
+    )
+    num_items = None
+    try:
+        height, width = spec.grid(model.get("patch_size") or spec.patch_size)
+        num_items = height * width
+    except ValueError as error:
+        problems.append(f"model.patch_size={model['patch_size']}: {error}")
+    problems += _check_order(method["order"], num_items)
+    problems += _check_temperature(method)
+    warm, frozen = method.get("warmup_fraction", 0), method.get("freeze_fraction", 0)
+    if warm + frozen > 1:
+        problems.append(f"method.freeze_fraction={frozen}: with method.warmup_fraction={warm} exceeds 1")
+    if method.get("baseline") == "leave_one_out" and method.get("num_samples", 2) < 2:
+        problems.append(f"method.num_samples={method['num_samples']}: method.baseline=leave_one_out needs at least 2")
+    if (method.get("surrogate"), method.get("estimator")) == ("product", "relaxed"):
+        problems.append("method.estimator=relaxed: method.surrogate=product needs straight_through")
+    if "num_heads" in model and model["width"] % model["num_heads"]:
+        problems.append(f"model.num_heads={model['num_heads']}: does not divide model.width={model['width']}")
+    if "num_kv_heads" in model and model["num_heads"] % model["num_kv_heads"]:
+        problems.append(f"model.num_kv_heads={model['num_kv_heads']}: does not divide {model['num_heads']} heads")
+    if trainer["max_steps"] == -1 and trainer["max_epochs"] in (-1, None):
+        problems.append("trainer.max_steps=-1: schedules need an end; set trainer.max_steps or trainer.max_epochs")
+    if config["ckpt_path"] and not Path(config["ckpt_path"]).is_file():
+        problems.append(f"ckpt_path={config['ckpt_path']}: no such file{_nearest_file(config['ckpt_path'])}")
+    return problems + _check_teacher(config["task"])
+
+
+def _check_kind(
+    group: str, settings: Mapping[str, Any], constant: str, spec: DataSpec, config: Mapping[str, Any]
+) -> list[str]:
+    component = settings["component"]
+    kinds = class_constant(component_path(group, component), class_name(component), constant) or ("image",)
+    if spec.kind in kinds:
+        return []
+    data = config["data"]["name"]
+    able = [name for name in component_names("data") if _kind_of(name) in kinds]
+    return [
+        f"{group}={settings['name']}: {constant} {' or '.join(kinds)} data, but data={data} is {spec.kind}"
+        f"{nearest(data, able)}"
+    ]
+
+
+def _kind_of(data: str) -> str:
+    import yaml
+
+    settings = yaml.safe_load((CONF / "data" / f"{data}.yaml").read_text())
+    component = settings.get("component", data)
+    return class_constant(component_path("data", component), class_name(component), "kind") or "image"
+
+
+def component_names(group: str) -> list[str]:
+    """Choices of a group: the stems of its YAML files."""
+    folder = CONF / group
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def _check_order(order: Any, num_items: int | None) -> list[str]:
+    if isinstance(order, list):
+        expected = list(range(num_items if num_items is not None else len(order)))
+        return (
+            [] if sorted(order) == expected else [f"method.order={order}: not a permutation of {len(expected)} items"]
+        )
+    if order.endswith(".npz"):
+        return [] if Path(order).is_file() else [f"method.order={order}: no such file{_nearest_file(order)}"]
+    try:
+        check_name(order)
+    except ValueError as error:
+        return [f"method.order={order}: {error}"]
+    return []
+
+
+def _check_temperature(method: Mapping[str, Any]) -> list[str]:
+    try:
+        parse(method.get("temperature", 1.0))
+    except ValueError as error:
+        return [f"method.temperature={method['temperature']}: {error}"]
+    return []
+
+
+def _check_teacher(task: Mapping[str, Any]) -> list[str]:
+    teacher = task.get("teacher")
+    if teacher is None:
+        weights = [key for key in ("distill_weight", "feature_weight") if task.get(key)]
+        return [f"task.{key}={task[key]}: needs task.teacher" for key in weights]
+    if teacher.startswith("timm/") or Path(teacher, "config.yaml").is_file():
+        return []
+    return [f"task.teacher={teacher}: neither a run directory with a config.yaml nor timm/<model name>"]
+
+
+def _nearest_file(path: str) -> str:
+    folder = Path(path).parent
+    names = [str(file) for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
+    return nearest(path, names) if names else ""
+
+
+# Derived values and the run directory
+
+
+def derive(config: dict[str, Any]) -> None:
+    """Fill in what follows from other keys, so that a saved configuration is complete."""
+    spec = data_spec(config["data"])
+    if "patch_size" in config["model"] and config["model"]["patch_size"] is None:
+        config["model"]["patch_size"] = spec.patch_size
+    trainer, task = config["trainer"], config["task"]
+    if trainer["val_check_interval"] is None:
+        # About twenty validations, and for a very short run just one, at its end.
+        steps = trainer["max_steps"] * trainer["accumulate_grad_batches"]
+        trainer["val_check_interval"] = max(steps // 20, min(steps, 20)) if steps > 0 else 1.0
+    if config["method"]["component"] == "fixed":
+        task["control"] = False  # a fixed order is its own control
+
+
+def digest(config: Mapping[str, Any]) -> str:
+    """Eight hex digits of what the run computes: the configuration without seed and machine keys."""
+    reduced = copy.deepcopy(dict(config))
+    for dotted in MACHINE_KEYS:
+        *parents, key = dotted.split(".")
+        node = reduced
+        for parent in parents:
+            node = node[parent]
+        node.pop(key, None)
+    return hashlib.sha256(json.dumps(reduced, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run_directory(config: Mapping[str, Any]) -> Path:
+    """`<paths.runs>/<task>/<data>-<model>-<method>/seed=<seed>-<hash8>`: never a function of the clock."""
+    names = "-".join(config[group]["name"].replace("/", "_") for group in ("data", "model", "method"))
+    return Path(config["paths"]["runs"], config["task"]["name"], names, f"seed={config['seed']}-{digest(config)}")

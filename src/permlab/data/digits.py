@@ -1,0 +1,64 @@
+"""Handwritten digits that ship with scikit-learn: 1797 real 8x8 images, nothing to download."""
+
+from functools import cache
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from permlab.data.spec import DataSpec
+from permlab.option import Fraction
+
+if TYPE_CHECKING:
+    from permlab.data.loader import ArrayDataset
+
+
+class Digits:
+    """UCI handwritten digits, split by seed so that every class has its share in every part.
+
+    Pixels are scaled from 0..16 to 0..1.
+
+    Args:
+        val_fraction: part of the images on which models are picked.
+        test_fraction: part of the images that is looked at once, at the end.
+    Raises:
+        ValueError: if the fractions leave nothing to train on, or a part empty.
+    Source: scikit-learn `load_digits`; Alpaydin and Kaynak 1998, UCI repository.
+    """
+
+    kind: ClassVar[str] = "image"
+
+    def __init__(self, *, val_fraction: Fraction, test_fraction: Fraction) -> None:
+        if min(val_fraction, test_fraction) < 0.01 or val_fraction + test_fraction > 0.95:
+            raise ValueError(
+                f"val_fraction {val_fraction} and test_fraction {test_fraction} must each be at least 0.01 "
+                "and leave 0.05 for training"
+            )
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+
+    def spec(self) -> DataSpec:
+        return DataSpec(kind="image", num_classes=10, channels=1, height=8, width=8, patch_size=1)
+
+    def dataset(self, split: str, seed: int) -> "ArrayDataset":
+        """Images float32 [1, 8, 8] and labels of `train`, `val` or `test` under this seed's split."""
+        from permlab.data.loader import ArrayDataset
+
+        images, labels = _load()
+        index = self._indices(labels, seed)[split]
+        return ArrayDataset(images[index], labels[index])
+
+    def _indices(self, labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+        from sklearn.model_selection import train_test_split
+
+        everything = np.arange(len(labels))
+        rest, test = train_test_split(everything, test_size=self.test_fraction, stratify=labels, random_state=seed)
+        share = self.val_fraction / (1 - self.test_fraction)
+        train, val = train_test_split(rest, test_size=share, stratify=labels[rest], random_state=seed)
+        return {"train": train, "val": val, "test": test}
+
+
+@cache
+def _load() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return (digits.images[:, None] / 16).astype(np.float32), digits.target.astype(np.int64)

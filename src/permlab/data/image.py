@@ -1,0 +1,191 @@
+"""What image datasets share: a part of every class, reading, normalising, and augmentation that can be replayed.
+
+An augmented image is a function of (seed, epoch, index) alone: not of the process that fetches
+it, nor of what was fetched before. So a resumed run sees what it would have seen, with any
+number of workers or ranks, and fetching leaves the global random state as it was.
+"""
+
+import os
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+Augment = Literal["none", "flip", "crop_flip"]
+
+# What Pillow raises for a broken file; zlib and struct errors come from its decoders unchanged.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error, Image.DecompressionBombError)
+EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+# Black border, in pixels, inside which a small image is cropped at random.
+PADDING = 4
+
+
+def stratified_part(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Boolean mask that picks a fraction of every class, rounded to whole samples.
+
+    Raises:
+        ValueError: if nothing is picked, or nothing is left.
+    """
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    counts = np.bincount(labels)
+    place_in_class = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    picked = np.zeros(len(labels), dtype=bool)
+    picked[by_class[place_in_class < np.repeat(np.rint(fraction * counts), counts)]] = True
+    if not picked.any() or picked.all():
+        raise ValueError(f"val_fraction {fraction} of {len(labels)} images leaves training or validation empty")
+    return picked
+
+
+def normalise(pixels: Tensor, mean: Sequence[float], sd: Sequence[float]) -> Tensor:
+    """Images float32 with the given mean taken off and over the given deviation, from 0..255.
+
+    Shapes:
+        pixels: uint8 `[b, c, h, w]`.  mean, sd: one number per channel, on the scale 0..1.
+    Example:
+        >>> normalise(torch.tensor([[[[0, 255]]]], dtype=torch.uint8), [0.5], [0.5]).flatten()
+        tensor([-1.,  1.])
+    """
+    shift, scale = (torch.tensor(values).view(-1, 1, 1) for values in (mean, sd))
+    return (pixels.float() / 255 - shift) / scale
+
+
+class PixelDataset(Dataset):
+    """Small images held in memory as bytes; normalised, and perhaps augmented, as they are fetched.
+
+    Shapes:
+        pixels: uint8 `[num_images, c, h, w]`.  labels: int64 `[num_images]`.
+    Args:
+        mean, sd: see `normalise`.
+        augment: `flip` mirrors half of the images; `crop_flip` also moves them by up to four
+            pixels each way, over a black border.
+        seed: of the augmentation.
+    """
+
+    def __init__(
+        self,
+        pixels: np.ndarray,
+        labels: np.ndarray,
+        *,
+        mean: Sequence[float],
+        sd: Sequence[float],
+        augment: Augment = "none",
+        seed: int = 0,
+    ) -> None:
+        self.pixels, self.labels = torch.from_numpy(pixels), torch.from_numpy(labels)
+        self.mean, self.sd, self.augment, self.seed = mean, sd, augment, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the epoch's augmentation for every image at once."""
+        if self.augment == "none":
+            return
+        # The third number keeps these draws apart from the order of batches, drawn from (seed, epoch).
+        rng = np.random.default_rng([self.seed, epoch, 1])
+        self.is_flipped = torch.from_numpy(rng.random(len(self)) < 0.5)
+        furthest = PADDING if self.augment == "crop_flip" else 0
+        self.shift = torch.from_numpy(rng.integers(-furthest, furthest, (len(self), 2), endpoint=True))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        index = torch.as_tensor(indices)
+        pixels = self.pixels[index]
+        if self.augment != "none":
+            pixels = shift_and_flip(pixels, self.shift[index], self.is_flipped[index])
+        return normalise(pixels, self.mean, self.sd), self.labels[index]
+
+
+def shift_and_flip(pixels: Tensor, shift: Tensor, is_flipped: Tensor) -> Tensor:
+    """Images moved by whole pixels over black, then mirrored where asked.
+
+    Shapes:
+        pixels: `[b, c, h, w]`.  shift: int64 `[b, 2]`, down and right, at most `PADDING` each way.
+        is_flipped: bool `[b]`.
+    Example:
+        >>> shift_and_flip(torch.tensor([[[[1, 2, 3]]]]), torch.tensor([[0, 1]]), torch.tensor([True])).flatten()
+        tensor([2, 1, 0])
+    """
+    height, width = pixels.shape[-2:]
+    padded = F.pad(pixels, (PADDING,) * 4)
+    columns = torch.arange(width).expand(len(pixels), -1)
+    columns = torch.where(is_flipped[:, None], width - 1 - columns, columns) + PADDING - shift[:, 1:]
+    rows = torch.arange(height) + PADDING - shift[:, :1]
+    batch, channels = torch.arange(len(pixels)), torch.arange(pixels.shape[1])
+    return padded[batch[:, None, None, None], channels[:, None, None], rows[:, None, :, None], columns[:, None, None]]
+
+
+class FileDataset(Dataset):
+    """Images read from their files as they are fetched.
+
+    Args:
+        root: folder that the names are relative to.
+        names: of the files, as bytes: one array, where a million Python strings would be copied
+            into every worker process bit by bit, by counting references to them.
+        labels: int64 `[num_images]`.
+        transform: from a Pillow image to uint8 `[c, h, w]`; may draw from torch's CPU generator.
+        channels: 1 for greyscale, 3 for RGB.
+        mean, sd: see `normalise`.
+        seed: of what the transform draws.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        names: np.ndarray,
+        labels: np.ndarray,
+        *,
+        transform: Callable[[Any], Tensor],
+        channels: int,
+        mean: Sequence[float],
+        sd: Sequence[float],
+        seed: int,
+    ) -> None:
+        self.root, self.names, self.labels = root, names, torch.from_numpy(labels)
+        self.transform, self.mode = transform, "L" if channels == 1 else "RGB"
+        self.mean, self.sd, self.seed = mean, sd, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        pixels = torch.stack([self._fetch(int(index)) for index in indices])
+        return normalise(pixels, self.mean, self.sd), self.labels[torch.as_tensor(indices)]
+
+    def _fetch(self, index: int) -> Tensor:
+        image = read_image(self.root / os.fsdecode(self.names[index]), self.mode)
+        key = np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which would also reseed an accelerator.
+            torch.default_generator.manual_seed(int(key[0]))
+            return self.transform(image)
+
+
+def read_image(path: Path, mode: str) -> Image.Image:
+    """Decoded image, greyscale (mode `L`) or `RGB`.
+
+    Raises:
+        ValueError: naming the file, if it is broken or has more than 8 bits per channel, which
+            conversion would clip without a word.
+    """
+    try:
+        with Image.open(path) as image:
+            found = image.mode
+            if found in EIGHT_BIT_MODES:
+                return image.convert(mode)
+    except UNREADABLE as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from error
+    raise ValueError(f"{path}: pixels of type {found}; images need 8 bits per channel")

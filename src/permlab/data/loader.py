@@ -1,0 +1,167 @@
+"""Batches whose order is a function of seed and epoch, so that a resumed run sees what it would have seen."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from permlab.errors import ConfigError
+
+
+class Batchable(Protocol):
+    """A map-style dataset that fetches a whole batch at once.
+
+    One that augments also has `set_epoch(epoch)`, which the loader calls before the epoch's
+    first batch: what it draws is then a function of seed, epoch and index, whoever fetches.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]: ...
+
+
+class ArrayDataset(Dataset):
+    """Samples and labels held in memory.
+
+    Shapes:
+        inputs: `[num_samples, ...]`.  labels: int64 `[num_samples]`.
+    """
+
+    def __init__(self, inputs: np.ndarray, labels: np.ndarray) -> None:
+        self.inputs, self.labels = torch.from_numpy(inputs), torch.from_numpy(labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.inputs[index], self.labels[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        index = torch.as_tensor(indices)
+        return self.inputs[index], self.labels[index]
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+@contextmanager
+def data_errors() -> Iterator[None]:
+    """Turns what a dataset says of its files into an error of the configuration, which ends a run with one line."""
+    try:
+        yield
+    except ValueError as error:
+        # From a worker process the message is that process's traceback, which ends in the error.
+        lines = str(error).strip().splitlines() or [repr(error)]
+        raise ConfigError(f"data: {lines[-1].removeprefix('ValueError: ')}") from error
+
+
+class Loader:
+    """Batches of a dataset for one rank, resumable in the middle of an epoch.
+
+    Every epoch's order is drawn from (seed, epoch) alone and shared by all ranks, which take
+    consecutive slices of every global batch. The position is part of Lightning's checkpoints
+    through `state_dict`; it counts the batches that were handed out, not those that workers
+    have prefetched. After `load_state_dict` the next iteration continues from there; every
+    other iteration is a new epoch, also when the one before it was abandoned.
+
+    Args:
+        dataset: fetches batches by `__getitems__`.
+        batch_size: samples per batch and rank.
+        shuffle: draw an order per epoch and drop the incomplete last batch; otherwise keep the
+            dataset's order and every sample (ranks may then differ by one batch).
+        num_workers: processes that fetch ahead; 0 fetches in this one.
+        rank, num_ranks: this process's place among those that share the data.
+    Raises:
+        ValueError: if there is not at least one sample for every rank.
+    """
+
+    def __init__(
+        self,
+        dataset: Batchable,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = False,
+        num_workers: int = 0,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        if len(dataset) < num_ranks:
+            raise ValueError(f"{len(dataset)} samples are too few for {num_ranks} processes")
+        self.dataset, self.batch_size, self.seed, self.shuffle = dataset, batch_size, seed, shuffle
+        self.num_workers, self.rank, self.num_ranks = num_workers, rank, num_ranks
+        self.epoch = 0
+        self.num_consumed = 0
+        self._resumed = False
+        # A data set smaller than a global batch is one batch, shared out.
+        self.global_batch = min(batch_size * num_ranks, len(dataset))
+
+    def __len__(self) -> int:
+        if self.shuffle:
+            return len(self.dataset) // self.global_batch
+        return len(self._slices(np.arange(len(self.dataset))))
+
+    def _slices(self, order: np.ndarray) -> list[list[int]]:
+        """This rank's part of every global batch, leaving out parts that are empty."""
+        count = len(order) // self.global_batch if self.shuffle else math.ceil(len(order) / self.global_batch)
+        batches = (order[i * self.global_batch : (i + 1) * self.global_batch] for i in range(count))
+        parts = (np.array_split(batch, self.num_ranks)[self.rank] for batch in batches)
+        return [part.tolist() for part in parts if len(part)]
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """Indices of every batch of an epoch, for this rank."""
+        if not self.shuffle:
+            return self._slices(np.arange(len(self.dataset)))
+        return self._slices(np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset)))
+
+    def __iter__(self) -> Iterator[Any]:
+        # Lightning makes iterators that it never reads, so nothing may change before the first batch.
+        if self.num_consumed and not self._resumed:
+            self._next_epoch()
+        self._resumed = False
+        batches = self.batches(self.epoch)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(self.epoch)
+        for batch in self._fetch(batches[self.num_consumed :]):
+            self.num_consumed += 1
+            # Before the last batch is handed out, as nobody need ask for one more to end the epoch.
+            if self.num_consumed == len(batches):
+                self._next_epoch()
+            yield batch
+
+    def _next_epoch(self) -> None:
+        self.epoch, self.num_consumed = self.epoch + 1, 0
+
+    def _fetch(self, batches: list[list[int]]) -> Iterator[Any]:
+        with data_errors():
+            yield from self._fetch_here(batches) if self.num_workers == 0 else self._fetch_ahead(batches)
+
+    def _fetch_here(self, batches: list[list[int]]) -> Iterator[Any]:
+        return (self.dataset.__getitems__(batch) for batch in batches)
+
+    def _fetch_ahead(self, batches: list[list[int]]) -> Iterator[Any]:
+        # A private generator: starting workers must not draw from the global one, or runs with
+        # and without workers would differ.
+        generator = torch.Generator().manual_seed(self.seed)
+        loader: DataLoader = DataLoader(
+            self.dataset,  # type: ignore[arg-type]
+            batch_sampler=batches,
+            num_workers=self.num_workers,
+            collate_fn=_as_is,
+            generator=generator,
+        )
+        return iter(loader)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "num_consumed": self.num_consumed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.num_consumed, self._resumed = state["epoch"], state["num_consumed"], True
+        if self.num_consumed >= len(self):  # saved with smaller batches, so this epoch is over
+            self._next_epoch()

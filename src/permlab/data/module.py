@@ -1,0 +1,63 @@
+"""The three loaders of a run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import numpy as np
+
+from permlab.config import build
+from permlab.data.loader import Batchable, Loader, data_errors
+
+
+class DataModule(L.LightningDataModule):
+    """Train, validation and test loaders of the configured dataset, split and shuffled by seed.
+
+    Args:
+        settings: the `data` group of a complete configuration.
+        seed: of the split and of the order of batches.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], seed: int) -> None:
+        super().__init__()
+        self.settings, self.seed = settings, seed
+        self.component = build("data", settings)
+
+    def _dataset(self, split: str) -> Batchable:
+        with data_errors():
+            return self.component.dataset(split, self.seed)
+
+    def _loader(self, split: str) -> Loader:
+        trainer = self.trainer
+        dataset = self._dataset(split)
+        with data_errors():
+            return Loader(
+                dataset,
+                batch_size=self.settings["batch_size"],
+                seed=self.seed,
+                shuffle=split == "train",
+                num_workers=self.settings["num_workers"],
+                rank=trainer.global_rank if trainer else 0,
+                num_ranks=trainer.world_size if trainer else 1,
+            )
+
+    def train_dataloader(self) -> Loader:
+        return self._loader("train")
+
+    def val_dataloader(self) -> Loader:
+        return self._loader("val")
+
+    def test_dataloader(self) -> Loader:
+        return self._loader("test")
+
+    def mean_image(self, limit: int = 256) -> np.ndarray:
+        """Mean over up to `limit` training images and their channels, `[height, width]`.
+
+        The images are spread evenly over the dataset, which may be sorted by class.
+        """
+        dataset = self._dataset("train")
+        index = np.linspace(0, len(dataset) - 1, min(limit, len(dataset))).round().astype(int)
+        parts = [index[i : i + 64].tolist() for i in range(0, len(index), 64)]
+        with data_errors():
+            sums = [dataset.__getitems__(part)[0].float().sum(dim=0).mean(dim=0).numpy() for part in parts]
+        return np.sum(sums, axis=0) / len(index)

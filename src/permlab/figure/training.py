@@ -1,0 +1,73 @@
+"""Curves of a training over its optimiser steps."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from permlab.figure.style import PALETTE, new_figure
+
+# Panel title, and the metric of each line.
+PANELS: tuple[tuple[str, Mapping[str, str]], ...] = (
+    ("loss", {"train": "train/loss", "validation": "val/loss"}),
+    ("accuracy", {"train (batch)": "train/accuracy", "validation": "val/accuracy"}),
+    ("temperature", {"temperature": "permutation/temperature"}),
+    ("permutation", {"Kendall to start": "permutation/kendall", "entropy (1 = uniform)": "permutation/entropy"}),
+)
+PHASE_SHADES = {"warmup": "#f3e6d8", "active": "#ffffff", "frozen": "#dfe8f1"}
+
+Phase = tuple[str, int, int]
+
+
+def training_figure(records: Sequence[Mapping[str, Any]], phases: Sequence[Phase] = ()) -> Figure:
+    """Loss, accuracy, temperature and distance from the start, one above the other; panels without data are left out.
+
+    Args:
+        records: lines of `metrics.jsonl`.
+        phases: name (`warmup`, `active`, `frozen`), first step and step after the last, of the permutation.
+    Raises:
+        ValueError: if the records hold nothing to draw.
+    """
+    panels = [(title, lines) for title, lines in PANELS if any(_curve(records, key)[0].size for key in lines.values())]
+    if not panels:
+        raise ValueError(f"none of {len(records)} records has a metric to draw")
+    figure = new_figure(9.6, 2.0 * len(panels) + 1.0)
+    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (title, lines) in zip(rows, panels, strict=True):
+        _shade(axes, phases, named=axes is rows[0])
+        _draw_lines(axes, records, lines)
+        axes.set_ylabel(title)
+        if title == "temperature":
+            axes.set_ylim(bottom=0)
+    rows[-1].set_xlabel("optimiser step")
+    figure.align_ylabels()
+    return figure
+
+
+def _draw_lines(axes: Axes, records: Sequence[Mapping[str, Any]], lines: Mapping[str, str]) -> None:
+    for colour, dashes, (label, key) in zip(PALETTE, ("-", "--"), lines.items(), strict=False):
+        steps, values = _curve(records, key)
+        if steps.size:
+            marker = "o" if steps.size <= 30 else ""
+            axes.plot(steps, values, color=colour, linestyle=dashes, marker=marker, markersize=3.5, label=label)
+    if len(lines) > 1:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.margins(x=0.01)
+
+
+def _curve(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    points = [(record["step"], record[key]) for record in records if key in record]
+    steps, values = zip(*points, strict=True) if points else ((), ())
+    return np.array(steps), np.array(values, dtype=float)
+
+
+def _shade(axes: Axes, phases: Sequence[Phase], *, named: bool) -> None:
+    for name, begin, end in phases:
+        if end <= begin:
+            continue
+        axes.axvspan(begin, end, color=PHASE_SHADES[name], zorder=0, linewidth=0)
+        if named and len(phases) > 1:
+            above = axes.get_xaxis_transform()
+            axes.text((begin + end) / 2, 1.03, name, transform=above, ha="center", va="bottom", color="#444444")

@@ -1,0 +1,173 @@
+"""LLaMA, from transformers: a causal transformer over patches or tokens."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel
+
+from permlab.data.spec import DataSpec
+from permlab.model.base import Backbone, free_of_decay, patchify
+from permlab.option import PositiveFloat, PositiveInt
+
+# Longest text of the rotary embedding in its published, stretched form; allocates nothing.
+_MAX_SLOTS = 131072
+
+
+class Llama(Backbone):
+    """Causal decoder with grouped-query attention, gated MLPs and RMS norms.
+
+    A slot sees itself and the slots before it, so the order matters for every position option:
+    `slot` rotates queries and keys by slot, as published; `item` adds a learned table that travels
+    with the item and rotates nothing; `none` leaves only the causal mask.
+
+    Images are read as linearly embedded patches and give one row of logits. Text is read as token
+    ids and gives logits for the next token in every slot; `readout` plays no part there.
+
+    Shapes:
+        b: samples.  n: patches or tokens.  d: width.
+    Args:
+        spec: shape of the images, or of the text: vocabulary and length.
+        patch_size: side of a patch in pixels; 1 for text.
+        width: length of a token's feature vector, a multiple of `num_heads`.
+        depth: number of blocks.
+        num_heads: query heads per block.
+        num_kv_heads: key and value heads per block, a divisor of `num_heads`.
+        mlp_width: hidden width of the MLP in a block.
+        norm_eps: added to the mean square in each RMS norm.
+        rope_theta: base of the rotary wavelengths, in slots; used with `position=slot`.
+        rope_factor: by how much wavelengths beyond 8192 slots are stretched; 1 is not at all; likewise.
+        position: `slot`, `item` or `none`, as above.
+        readout: features of the last slot, or the mean over slots; for images.
+        tie_embeddings: whether the head of a text model is its embedding table; for text.
+    Raises:
+        ValueError: if the patch size does not divide the image, the heads do not fit each other or the width,
+            the width of a head is odd, or rope_factor is below 1.
+    Source: Touvron et al. 2023, arXiv:2307.09288; Llama Team 2024, arXiv:2407.21783; through
+        transformers' `LlamaModel`.
+    Differs from source: patches, the `item` and `none` positions and the two read-outs of images are ours.
+    Cost: O(b depth n d (n + mlp_width)) time; no key-value cache is kept.
+    Example:
+        >>> spec = DataSpec(kind="image", num_classes=10, channels=1, height=8, width=8)
+        >>> llama = Llama(spec, patch_size=2, width=16, depth=1, num_heads=4, num_kv_heads=2, mlp_width=32,
+        ...               norm_eps=1e-5, rope_theta=10000.0, rope_factor=1.0, position="slot",
+        ...               readout="last", tie_embeddings=False)
+        >>> llama(torch.rand(3, 1, 8, 8)).shape
+        torch.Size([3, 10])
+    """
+
+    reads = ("image", "text")
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        *,
+        patch_size: PositiveInt,
+        width: PositiveInt,
+        depth: PositiveInt,
+        num_heads: PositiveInt,
+        num_kv_heads: PositiveInt,
+        mlp_width: PositiveInt,
+        norm_eps: PositiveFloat,
+        rope_theta: PositiveFloat,
+        rope_factor: PositiveFloat,
+        position: Literal["item", "slot", "none"],
+        readout: Literal["last", "mean"],
+        tie_embeddings: bool,
+    ) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide width={width}")
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}")
+        if width // num_heads % 2:
+            raise ValueError(f"an odd head width of {width // num_heads} cannot be rotated")
+        if rope_factor < 1:
+            raise ValueError(f"rope_factor={rope_factor} is below 1")
+        self.set_grid(spec, patch_size)
+        self.kind, self.patch_size, self.num_features = spec.kind, patch_size, width
+        self.position, self.readout = position, readout
+        self.network = LlamaModel(
+            LlamaConfig(
+                vocab_size=1,
+                hidden_size=width,
+                num_hidden_layers=depth,
+                num_attention_heads=num_heads,
+                num_key_value_heads=num_kv_heads,
+                intermediate_size=mlp_width,
+                rms_norm_eps=norm_eps,
+                rope_parameters=_rope_parameters(rope_theta, rope_factor),
+                max_position_embeddings=_MAX_SLOTS,
+                bos_token_id=None,
+                eos_token_id=None,
+                use_cache=False,
+                attn_implementation="sdpa",  # type: ignore[call-arg]
+            )
+        )
+        # Its own table would get no gradient from patches, and ours has to be the head's where tied.
+        self.network.embed_tokens = None  # type: ignore[assignment]
+        if position != "slot":
+            self.network.rotary_emb = _NoRotation(width // num_heads)  # type: ignore[assignment]
+        self.position_table = None
+        if position == "item":
+            self.position_table = free_of_decay(_normal(torch.empty(self.num_items, width)))
+        self._add_ends(spec, tie_embeddings)
+
+    def _add_ends(self, spec: DataSpec, tie_embeddings: bool) -> None:
+        """Embedding and head, which depend on the kind of data."""
+        self.embedding: nn.Module
+        if spec.kind == "text":
+            self.embedding = nn.Embedding(spec.num_classes, self.num_features)
+            self.embedding.weight = _normal(self.embedding.weight)
+            self.head = nn.Linear(self.num_features, spec.num_classes, bias=False)
+            self.head.weight = self.embedding.weight if tie_embeddings else _normal(self.head.weight)
+        else:
+            # torch's default: with so small weights and no bias, one-pixel patches would differ in sign only
+            # after the first norm.
+            self.embedding = nn.Linear(spec.channels * self.patch_size**2, self.num_features)
+            self.head = nn.Linear(self.num_features, spec.num_classes)
+
+    def embed(self, inputs: Tensor) -> Float[Tensor, "b n d"]:
+        items = self.embedding(inputs if self.kind == "text" else patchify(inputs, self.patch_size))
+        return items if self.position_table is None else items + self.position_table[: items.shape[1]]
+
+    def encode(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b *slots d"]:
+        features = self.network(inputs_embeds=items).last_hidden_state
+        if self.kind == "text":
+            return features
+        return features[:, -1] if self.readout == "last" else features.mean(1)
+
+
+class _NoRotation(nn.Module):
+    """Rotary embedding by no angle.
+
+    Position ids of zero would say the same, but transformers takes a position that does not follow its
+    predecessor for the start of another packed sequence, and no slot would see any other.
+    """
+
+    def __init__(self, head_width: int) -> None:
+        super().__init__()
+        self.head_width = head_width
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (*position_ids.shape, self.head_width)
+        return x.new_ones(shape), x.new_zeros(shape)
+
+
+def _rope_parameters(theta: float, factor: float) -> dict[str, float | int | str]:
+    if factor == 1:
+        return {"rope_type": "default", "rope_theta": theta}
+    return {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+def _normal(weight: Tensor) -> nn.Parameter:
+    """Parameter of this shape, initialised as the rest of the network is."""
+    return nn.Parameter(nn.init.normal_(weight.detach(), std=0.02))

@@ -1,0 +1,139 @@
+"""Run many configurations, each in a fresh process of its own.
+
+A process per job keeps one job's ranks, random state, W&B run and GPU memory out of the next
+(Lightning's data-parallel children otherwise repeat the whole sweep). The processes fork from a
+server that has imported the libraries and done nothing else, so a job starts in well under a
+second without inheriting anything that was computed.
+"""
+
+import multiprocessing
+import os
+import signal
+import statistics
+import sys
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from permlab.config import digest, run_directory
+from permlab.errors import ConfigError
+from permlab.rundir import is_done, read_summary
+
+# Left behind by a launcher around us or by an earlier job; each job sets its own.
+RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+OTHER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+COLUMNS = ("control", "learned", "refit")
+METRICS = ("test/accuracy_control", "test/accuracy", "test/accuracy_refit")
+
+
+def multirun(name: str, jobs: Sequence[Sequence[str]]) -> int:
+    """Run every job in turn; a failed one does not stop the others.
+
+    Returns:
+        0 if every job ended well; 2 if not one had a usable configuration; otherwise 1, or
+        128 + signal if the sweep was interrupted.
+    """
+    from permlab.cli import resolve
+
+    codes: list[int] = []
+    configs: list[dict[str, Any] | None] = []
+    for number, job in enumerate(jobs, start=1):
+        print(f"[{number}/{len(jobs)}] {' '.join(job)}", flush=True)
+        try:
+            configs.append(resolve(name, job)[0])
+        except ConfigError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            configs.append(None)
+            codes.append(2)
+            continue
+        codes.append(run_isolated(name, job))
+        if codes[-1] in (130, 143):
+            print(f"interrupted after {number} of {len(jobs)} jobs; the same command goes on from here")
+            return codes[-1]
+    if name == "train":
+        print(table(jobs, configs, codes))
+    failed = [code for code in codes if code]
+    return 0 if not failed else 2 if all(code == 2 for code in codes) else 1
+
+
+def run_isolated(name: str, job: Sequence[str]) -> int:
+    """Exit code of one job, run in a process forked from the preloaded server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["permlab.run"])
+    # Lightning's launcher starts further ranks from sys.argv, so the job needs the script's path.
+    script = str(Path(sys.argv[0]).resolve()) if sys.argv[0].endswith(".py") else f"{name}.py"
+    process = context.Process(target=_job, args=(name, script, list(job), dict(os.environ)))
+    process.start()
+    previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        _join(process)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    code = process.exitcode or 0
+    return 128 - code if code < 0 else code
+
+
+def _join(process: BaseProcess) -> None:
+    """Wait; Ctrl-C reaches the job by itself, which saves and ends, so go on waiting for that."""
+
+    def wait(number: int, frame: FrameType | None) -> None: ...
+
+    previous = signal.signal(signal.SIGINT, wait)
+    try:
+        process.join()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _job(name: str, script: str, job: list[str], environment: dict[str, str]) -> None:
+    from permlab.cli import main
+
+    os.environ.clear()
+    os.environ.update({k: v for k, v in environment.items() if k not in (*RANK_VARIABLES, *OTHER_VARIABLES)})
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = [script, *job]
+    sys.exit(main(name, job))
+
+
+def table(jobs: Sequence[Sequence[str]], configs: Sequence[dict[str, Any] | None], codes: Sequence[int]) -> str:
+    """One line per job, then mean and standard deviation over the seeds of each configuration."""
+    swept = _swept(jobs)
+    rows = [[_label(job, swept), *_cells(config, code)] for job, config, code in zip(jobs, configs, codes, strict=True)]
+    groups: dict[str, list[int]] = {}
+    for index, config in enumerate(configs):
+        if config is not None and codes[index] == 0:
+            groups.setdefault(digest(config), []).append(index)
+    for members in groups.values():
+        if len(members) > 1:
+            first = _label(jobs[members[0]], [i for i in swept if not jobs[members[0]][i].startswith("seed=")])
+            finished = [read_summary(run_directory(configs[i])) for i in members]  # type: ignore[arg-type]
+            rows.append([f"{first or 'all'} ({len(members)} seeds)", *(_spread(finished, key) for key in METRICS)])
+    return _format([["test accuracy, %", *COLUMNS], *rows])
+
+
+def _swept(jobs: Sequence[Sequence[str]]) -> list[int]:
+    return [index for index in range(len(jobs[0])) if len({job[index] for job in jobs}) > 1]
+
+
+def _label(job: Sequence[str], swept: Sequence[int]) -> str:
+    return " ".join(job[index] for index in swept)
+
+
+def _cells(config: dict[str, Any] | None, code: int) -> list[str]:
+    if config is None or code or not is_done(run_directory(config)):
+        return [f"failed (exit {code})", "", ""]
+    summary = read_summary(run_directory(config))
+    return [f"{100 * summary[key]:.1f}" if key in summary else "-" for key in METRICS]
+
+
+def _spread(summaries: Sequence[dict[str, float]], key: str) -> str:
+    values = [100 * summary[key] for summary in summaries if key in summary]
+    return f"{statistics.mean(values):.1f} +- {statistics.stdev(values):.1f}" if len(values) > 1 else "-"
+
+
+def _format(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)

@@ -1,0 +1,364 @@
+r"""The selective scan of Mamba: a diagonal linear recurrence whose coefficients depend on the token."""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+Backend = Literal["auto", "numba", "torch", "cuda"]
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    *,
+    backend: Backend = "auto",
+) -> Float[Tensor, "b d l"]:
+    r"""Run every channel's state along the sequence and read it out at every token.
+
+    With dt = softplus(delta + delta_bias), or the bare sum without `delta_softplus`, per channel
+    and state: h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t from h_{-1} = 0, and per channel
+    y_t = sum over states of C_t h_t, plus D u_t, times silu(z_t).
+
+    Differentiable in all eight tensors; memory kept for the backward pass is a small multiple of
+    one input, since states are recomputed in chunks. Results and gradients have the same bits
+    when a call is repeated, on the CPU also with another number of threads.
+
+    Backends: `numba` (CPU: fused and multi-threaded, compiled on first use), `torch` (any device, and
+    under torch.compile, torch.func and for second derivatives), `cuda` (mamba_ssm's kernel).
+    `auto` takes the kernel where a small scan on that device came out right, else the first
+    of the others that can read the tensors.
+
+    Shapes:
+        u, delta, z: `[b, d, l]`.  A: `[d, s]`.  B, C: `[b, s, l]`.  D, delta_bias: `[d]`.
+        b: sequences.  d: channels.  l: tokens.  s: states per channel.
+    Args:
+        u: what enters the states; its dtype is the result's.
+        delta: step size before bias and softplus; the scan is stable where dt A <= 0.
+        A: decay rate per unit of step size.
+        B, C: input and output coefficients of every token.
+        D: weight of the direct path, none if absent.
+        z: gate before silu, none if absent.
+        delta_bias: added to delta.
+        delta_softplus: make step sizes positive.
+        backend: which implementation; see above.
+    Returns:
+        `[b, d, l]` in the dtype and on the device of `u`; computed in float32, in float64 if `u` is.
+    Raises:
+        ValueError: on a wrong shape, an integer tensor, tensors on several devices, or a backend
+            that is unknown or cannot read these tensors, with the reason.
+    Source: Gu and Dao 2023, arXiv:2312.00752, algorithm 2; arguments as `selective_scan_fn` of mamba_ssm.
+    Differs from source: A is real, B and C are given per token; 2^x with A log2(e) instead of e^x.
+    Cost: O(b d l s) time, O(b d (l + s sqrt(l))) memory.
+    Example:
+        >>> one = torch.ones(1, 1, 3)
+        >>> selective_scan(one, one, -torch.ones(1, 1), one, one).flatten()
+        tensor([1.0000, 1.3679, 1.5032])
+    """
+    tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    _check_tensors(present)
+    chosen = _choose(backend, list(present.values()))
+    if chosen == "cuda":
+        return _scan_cuda(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    delta = delta.to(dtype)
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(dtype).unsqueeze(-1)
+    if delta_softplus:
+        delta = F.softplus(delta)
+    direct = u.new_zeros(u.shape[1]) if D is None else D
+    scan = _scan_numba if chosen == "numba" else _scan_torch
+    y = scan(u.to(dtype), delta, A.to(dtype), B.to(dtype), C.to(dtype), direct.to(dtype))
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    return y.to(u.dtype)
+
+
+def _check_tensors(tensors: dict[str, Tensor]) -> None:
+    u, A = tensors["u"], tensors["A"]
+    if u.ndim != 3 or u.shape[-1] == 0:
+        raise ValueError(f"u is [b, d, l] with l >= 1, got shape {tuple(u.shape)}")
+    if A.ndim != 2 or A.shape[-1] == 0:
+        raise ValueError(f"A is [d, s] with s >= 1, got shape {tuple(A.shape)}")
+    (b, d, length), s = u.shape, A.shape[1]
+    shapes = {"A": (d, s), "B": (b, s, length), "C": (b, s, length), "D": (d,), "delta_bias": (d,)}
+    for name, tensor in tensors.items():
+        expected = shapes.get(name, (b, d, length))
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is a real floating tensor, got {tensor.dtype}")
+        if tensor.device != u.device:
+            raise ValueError(f"{name} is on {tensor.device}, u on {u.device}")
+
+
+def _choose(backend: str, tensors: Sequence[Tensor]) -> str:
+    """The implementation to run; ValueError if the one asked for cannot."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend={backend!r} is none of {', '.join(get_args(Backend))}")
+    if backend == "torch":
+        return backend
+    refusals = {"cuda": _cuda_refusal, "numba": _numba_refusal}
+    if backend in refusals:
+        if refusal := refusals[backend](tensors):
+            raise ValueError(f"backend={backend!r}: {refusal}")
+        return backend
+    return next((name for name, refusal in refusals.items() if refusal(tensors) is None), "torch")
+
+
+# numba
+
+
+def _numba_refusal(tensors: Sequence[Tensor]) -> str | None:
+    """Why the compiled kernel cannot read these tensors; None if it can."""
+    if tensors[0].device.type != "cpu":
+        return f"reads tensors on a CPU, got {tensors[0].device}"
+    # Tracers and function transforms pass tensors that have no memory to point a kernel at.
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if traced or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
+        return "cannot be traced or transformed"
+    return None
+
+
+def _scan_numba(
+    u: Float[Tensor, "b d l"],
+    delta: Float[Tensor, "b d l"],
+    A: Float[Tensor, "d s"],
+    B: Float[Tensor, "b s l"],
+    C: Float[Tensor, "b s l"],
+    D: Float[Tensor, " d"],
+) -> Float[Tensor, "b d l"]:
+    inputs = (u, delta, A, B, C, D)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        return _NumbaScan.apply(*inputs)
+    return _forward_numba(inputs, stride=0)[0]
+
+
+class _NumbaScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs: Tensor) -> Tensor:  # type: ignore[override]
+        num_tokens, num_states = inputs[0].shape[-1], inputs[2].shape[-1]
+        # At most sqrt(l) checkpoints, and never more than the input has elements.
+        ctx.stride = min(num_tokens, max(num_states, math.isqrt(num_tokens)))
+        y, checkpoints = _forward_numba(inputs, ctx.stride)
+        ctx.save_for_backward(*inputs, checkpoints)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        *inputs, checkpoints = ctx.saved_tensors
+        return _backward_numba(inputs, checkpoints, ctx.stride, grad)
+
+
+def _forward_numba(inputs: Sequence[Tensor], stride: int) -> tuple[Tensor, Tensor]:
+    """The result and every `stride`-th state, none if the stride is 0."""
+    from permlab.ops.selective_scan_kernel import forward
+
+    arrays = _kernel_arrays(inputs)
+    b, length, num_groups, lanes = arrays[0].shape
+    num_states = inputs[2].shape[-1]
+    num_checkpoints = -(-length // stride) if stride else 0
+    y = np.empty_like(arrays[0])
+    checkpoints = np.empty((b, num_groups, num_checkpoints, num_states, lanes), y.dtype)
+    _run_tasks(forward, b * num_groups, y.size * num_states, *arrays, y, checkpoints, max(stride, 1))
+    return _channels(y, inputs[0]), torch.from_numpy(checkpoints)
+
+
+def _backward_numba(
+    inputs: Sequence[Tensor], checkpoints: Tensor, stride: int, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from permlab.ops.selective_scan_kernel import backward
+
+    arrays = _kernel_arrays(inputs)
+    b, length, num_groups, lanes = arrays[0].shape
+    num_channels, num_states = inputs[2].shape
+    grad_u, grad_delta = np.empty_like(arrays[0]), np.empty_like(arrays[0])
+    grad_A = np.empty((b, num_states, num_groups, lanes), grad_u.dtype)
+    grad_B, grad_C = (np.empty((b, num_groups, length, num_states), grad_u.dtype) for _ in range(2))
+    grad_D = np.empty((b, num_groups, lanes), grad_u.dtype)
+    outputs = (grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D)
+    grad_y = _lanes(grad.transpose(1, 2), lanes)
+    work = grad_u.size * num_states
+    _run_tasks(backward, b * num_groups, work, *arrays, checkpoints.numpy(), stride, grad_y, *outputs)
+    return (
+        _channels(grad_u, inputs[0]),
+        _channels(grad_delta, inputs[0]),
+        torch.from_numpy(grad_A).sum(0).flatten(1)[:, :num_channels].T,
+        torch.from_numpy(grad_B).sum(1).transpose(1, 2),
+        torch.from_numpy(grad_C).sum(1).transpose(1, 2),
+        torch.from_numpy(grad_D).sum(0).flatten()[:num_channels],
+    )
+
+
+def _kernel_arrays(inputs: Sequence[Tensor]) -> list[np.ndarray]:
+    """u, delta, A, B, C, D in the kernel's layout, A scaled for powers of two; no copy where it fits already."""
+    from permlab.ops.selective_scan_kernel import LANES, LOG2_E
+
+    u, delta, A, B, C, D = (tensor.detach() for tensor in inputs)
+    in_lanes = [_lanes(tensor, LANES) for tensor in (u.transpose(1, 2), delta.transpose(1, 2), A.T * LOG2_E, D)]
+    coefficients = [tensor.transpose(1, 2).contiguous().numpy() for tensor in (B, C)]
+    return [*in_lanes[:3], *coefficients, in_lanes[3]]
+
+
+def _lanes(tensor: Tensor, lanes: int) -> np.ndarray:
+    """Cut the last axis into groups of `lanes`, zeros after the last channel."""
+    padding = -tensor.shape[-1] % lanes
+    padded = F.pad(tensor, (0, padding)) if padding else tensor
+    return padded.contiguous().unflatten(-1, (-1, lanes)).numpy()
+
+
+def _channels(array: np.ndarray, like: Tensor) -> Tensor:
+    """Inverse of `_lanes` for `[b, l, g, lanes]`, as `[b, d, l]`."""
+    return torch.from_numpy(array).flatten(2)[..., : like.shape[1]].transpose(1, 2)
+
+
+def _run_tasks(kernel: Callable[..., None], num_tasks: int, work: int, *arrays: object) -> None:
+    """Run a kernel over all its tasks in as many threads as torch uses; fewer where there is little to do.
+
+    The kernel releases the interpreter's lock, so plain threads do; unlike numba's own pools they
+    survive a fork and may be entered from several threads at once.
+    """
+    num_threads = min(torch.get_num_threads(), num_tasks, 1 + work // 2**17)
+    if num_threads <= 1:
+        kernel(0, num_tasks, *arrays)
+        return
+    # More pieces than threads, so that one thread that is held up does not hold up the rest.
+    num_pieces = min(num_tasks, 4 * num_threads)
+    bounds = [num_tasks * piece // num_pieces for piece in range(num_pieces + 1)]
+    pool = _thread_pool(num_threads, os.getpid())
+    for _ in pool.map(lambda first, last: kernel(first, last, *arrays), bounds[:-1], bounds[1:]):
+        pass
+
+
+@cache
+def _thread_pool(num_threads: int, pid: int) -> ThreadPoolExecutor:
+    """One pool per number of threads; the process id makes a forked child start its own."""
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="selective_scan")
+
+
+# torch
+
+
+def _scan_torch(
+    u: Float[Tensor, "b d l"],
+    delta: Float[Tensor, "b d l"],
+    A: Float[Tensor, "d s"],
+    B: Float[Tensor, "b s l"],
+    C: Float[Tensor, "b s l"],
+    D: Float[Tensor, " d"],
+) -> Float[Tensor, "b d l"]:
+    """The scan chunk by chunk; only the states between chunks are kept for the backward pass."""
+    size = max(1, math.isqrt(u.shape[-1]))
+    state = u.new_zeros(u.shape[0], *A.shape)
+    outputs = []
+    for chunk in zip(*(tensor.split(size, dim=-1) for tensor in (u, delta, B, C)), strict=True):
+        arguments = (state, A, *chunk)
+        if torch._C._are_functorch_transforms_active():
+            output, state = _scan_chunk(*arguments)  # saved-tensor hooks, hence checkpoints, are not for them
+        else:
+            output, state = checkpoint(_scan_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
+        outputs.append(output)
+    return torch.cat(outputs, dim=-1) + u * D.unsqueeze(-1)
+
+
+def _scan_chunk(
+    state: Float[Tensor, "b d s"],
+    A: Float[Tensor, "d s"],
+    u: Float[Tensor, "b d c"],
+    delta: Float[Tensor, "b d c"],
+    B: Float[Tensor, "b s c"],
+    C: Float[Tensor, "b s c"],
+) -> tuple[Float[Tensor, "b d c"], Float[Tensor, "b d s"]]:
+    """Outputs of consecutive tokens and the state after them, by doubling: O(c log c) work in O(log c) steps."""
+    decay = torch.exp(delta.unsqueeze(2) * A.unsqueeze(-1))
+    states = (delta * u).unsqueeze(2) * B.unsqueeze(1)
+    states = torch.cat([states[..., :1] + decay[..., :1] * state.unsqueeze(-1), states[..., 1:]], dim=-1)
+    reach = 1
+    while reach < u.shape[-1]:
+        states = torch.cat([states[..., :reach], states[..., reach:] + decay[..., reach:] * states[..., :-reach]], -1)
+        decay = torch.cat([decay[..., :reach], decay[..., reach:] * decay[..., :-reach]], -1)
+        reach *= 2
+    return (states * C.unsqueeze(1)).sum(2), states[..., -1]
+
+
+# mamba_ssm
+
+
+def _cuda_refusal(tensors: Sequence[Tensor]) -> str | None:
+    """Why mamba_ssm's kernel is not used for these tensors; None if it is."""
+    u = tensors[0]
+    if u.device.type != "cuda":
+        return f"reads tensors on a CUDA device, got {u.device}"
+    if u.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"has no {u.dtype}"
+    return _kernel_refusal(u.device)
+
+
+@cache
+def _kernel_refusal(device: torch.device) -> str | None:
+    """Import the kernel and probe it on a device, once per process."""
+    try:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"mamba_ssm does not import: {error}"
+    return _probe(selective_scan_fn, device)
+
+
+def _probe(kernel: Callable[..., Tensor], device: torch.device) -> str | None:
+    """Compare a kernel with our scan on a tiny example, result and gradients; None if they agree."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, 7), (2, 4, 7), (4, 3), (2, 3, 7), (2, 3, 7), (4,), (2, 4, 7), (4,))
+    values = [torch.randn(shape, generator=generator) for shape in shapes]
+    values[2] = -values[2].abs()
+
+    def outcome(scan: Callable[..., Tensor], place: torch.device) -> list[Tensor]:
+        inputs = [value.to(place).requires_grad_() for value in values]
+        y = scan(*inputs, delta_softplus=True)
+        return [tensor.detach().cpu() for tensor in (y, *torch.autograd.grad(y.square().sum(), inputs))]
+
+    expected = outcome(lambda *inputs, **options: selective_scan(*inputs, **options, backend="torch"), torch.device("cpu"))
+    try:
+        got = outcome(kernel, device)
+    except (RuntimeError, TypeError) as error:
+        return f"mamba_ssm's kernel fails: {error}"
+    if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(got, expected, strict=True)):
+        return "mamba_ssm's kernel gives another result than this scan"
+    return None
+
+
+def _scan_cuda(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> Tensor:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    delta, B, C = delta.to(u.dtype), B.to(u.dtype), C.to(u.dtype)
+    z = None if z is None else z.to(u.dtype)
+    D, delta_bias = (None if x is None else x.float() for x in (D, delta_bias))
+    return selective_scan_fn(u, delta, A.float(), B, C, D, z, delta_bias, delta_softplus)

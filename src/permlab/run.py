@@ -1,0 +1,275 @@
+"""The whole story of a run, readable top-down: train, pick, test, and compare with its controls."""
+
+import copy
+import logging
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from permlab.assembly import Assembly, assemble, load_weights
+from permlab.callback.permutation import PermutationLog
+from permlab.callback.preemption import Preemption
+from permlab.callback.progress import Progress
+from permlab.callback.resume import ResumeRandomState
+from permlab.callback.temperature import Temperature
+from permlab.config import build, digest, run_directory
+from permlab.data.module import DataModule
+from permlab.errors import ConfigError, Interrupted
+from permlab.figure.draw import draw_all
+from permlab.report import print_report
+from permlab.rundir import (
+    clear_run,
+    fail_run,
+    finish_run,
+    is_done,
+    is_rank_zero,
+    read_summary,
+    start_run,
+    truncate_metrics,
+    write_json,
+    write_npz,
+)
+from permlab.tracking import RunLogger
+
+Config = Mapping[str, Any]
+Summary = dict[str, float]
+
+# Lightning's remarks that are no news here: how it logs, and that a resumed run's folder has files.
+EXPECTED_WARNINGS = (
+    ".*is deprecated, use `isinstance.treespec, TreeSpec.*",
+    "The number of training batches .* is smaller than the logging interval.*",
+    "Checkpoint directory .* exists and is not empty.*",
+    "The '.*_dataloader' does not have many workers.*",
+)
+
+
+def train(config: Config) -> Summary:
+    """Train, test and compare; write everything into the run directory and print the table.
+
+    Raises:
+        ConfigError: before anything is written, if a component refuses its values.
+        NonFiniteError, Interrupted: after the last good state was kept.
+    """
+    summary = run_once(config, announce=True)
+    if is_rank_zero():
+        print_report(config, summary)
+    return summary
+
+
+def evaluate(config: Config) -> Summary:
+    """Test the picked checkpoint of a finished run again and print its numbers.
+
+    Args:
+        config: `run`, a run directory, and `split`.
+    """
+    run_dir = Path(config["run"])
+    settings = yaml.safe_load((run_dir / "config.yaml").read_text())
+    _quiet_lightning()
+    _, data, task = _build(settings)
+    summary = evaluate_best(settings, run_dir, task, data, split=config["split"])
+    for name, value in summary.items():
+        print(f"{name:<28} {value:.8g}")
+    print(f"run: {run_dir}")
+    return summary
+
+
+def run_once(config: Config, *, announce: bool = False) -> Summary:
+    """One run, from whatever its directory already holds to a `DONE` with a summary."""
+    run_dir = run_directory(config)
+    if is_done(run_dir) and not config["force"]:
+        return read_summary(run_dir)
+    _quiet_lightning()
+    parts, data, task = _build(config)
+    if is_rank_zero():
+        if config["force"]:
+            clear_run(run_dir)
+        start_run(run_dir, config)
+        if announce:
+            print(_opening(config, parts), flush=True)
+    try:
+        summary = {} if not (run_dir / "summary.json").is_file() else read_summary(run_dir)
+        if "test/accuracy" not in summary:
+            summary = fit_and_test(config, run_dir, parts, data, task)
+        if config["task"]["control"]:
+            summary |= compare(config, run_dir, summary)
+    except BaseException as error:
+        if is_rank_zero() and not isinstance(error, Interrupted):
+            fail_run(run_dir, f"{type(error).__name__}: {error}")
+        raise
+    if is_rank_zero():
+        finish_run(run_dir, summary)
+    return summary
+
+
+def _build(config: Config) -> tuple[Assembly, DataModule, L.LightningModule]:
+    """Model, method, data and task of a configuration, everything that can refuse it."""
+    parts = assemble(config)
+    data = DataModule(config["data"], config["seed"])
+    task = build("task", config["task"], parts.spec, parts.model, parts.method, config["optim"], config["seed"])
+    return parts, data, task
+
+
+def fit_and_test(config: Config, run_dir: Path, parts: Assembly, data: DataModule, task: L.LightningModule) -> Summary:
+    """Train from the newest checkpoint, if any, and test the model that validation picked."""
+    checkpoint = _resume_from(config, run_dir)
+    if is_rank_zero():
+        truncate_metrics(run_dir, _step_of(checkpoint))
+    began = time.monotonic()
+    logger = _logger(config, run_dir)
+    trainer = L.Trainer(
+        **_trainer_arguments(config),
+        logger=logger,
+        callbacks=_callbacks(run_dir, parts, data),
+        default_root_dir=run_dir,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    L.seed_everything(config["seed"], verbose=False)
+    trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    seconds = time.monotonic() - began
+    summary = _statistics(parts, trainer) | evaluate_best(config, run_dir, task, data, trainer=trainer)
+    summary["train/seconds"] = round(seconds, 3)
+    if is_rank_zero():
+        write_json(run_dir / "summary.json", summary)
+        _write_results(run_dir, parts, task, data)
+        logger.mirror_results(summary, draw_all(run_dir))
+    logger.finalize("success")
+    return summary
+
+
+def evaluate_best(
+    config: Config,
+    run_dir: Path,
+    task: L.LightningModule,
+    data: DataModule,
+    *,
+    split: str = "test",
+    trainer: L.Trainer | None = None,
+) -> Summary:
+    """Metrics of the checkpoint that validation picked, on `test` or `val`."""
+    load_weights(run_dir / "checkpoints" / "best.ckpt", ("model", task.model), ("method", task.method))
+    arguments = _trainer_arguments(config) | {"enable_progress_bar": False}
+    if trainer is None:
+        trainer = L.Trainer(**arguments, logger=False, enable_checkpointing=False, use_distributed_sampler=False)
+    trainer.logger = None
+    run = trainer.test if split == "test" else trainer.validate
+    run(task, datamodule=data, verbose=False)
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(f"{split}/")}
+
+
+# Controls
+
+
+def compare(config: Config, run_dir: Path, summary: Summary) -> Summary:
+    """Two more trainings under the same schedule, both with a fixed order, as runs of their own.
+
+    `control` reads in the starting order; `refit` is a fresh model that reads in the learned
+    order. Either is reused where a finished run has it. A method whose order depends on the
+    image has no single order to refit.
+    """
+    control = run_once(_with_fixed_order(config, config["method"]["order"]))
+    compared = {"test/accuracy_control": control["test/accuracy"]}
+    with np.load(run_dir / "arrays" / "order.npz") as arrays:
+        order = arrays["order"]
+    if order.ndim == 1:
+        refit = run_once(_with_fixed_order(config, order.tolist()))
+        compared["test/accuracy_refit"] = refit["test/accuracy"]
+    return compared
+
+
+def _with_fixed_order(config: Config, order: str | list[int]) -> dict[str, Any]:
+    fixed = copy.deepcopy(dict(config))
+    fixed["method"] = {"name": "fixed", "component": "fixed", "order": order}
+    fixed["task"]["control"] = False
+    fixed["force"], fixed["ckpt_path"] = False, None
+    return fixed
+
+
+# Parts of a run
+
+
+def _quiet_lightning() -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _opening(config: Config, parts: Assembly) -> str:
+    spec, model = parts.spec, parts.model
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"{config['task']['name']}: {config['data']['name']} ({spec.num_classes} classes), {config['model']['name']} "
+        f"({count:,} parameters) reading {model.height}x{model.width} patches, method {config['method']['name']}"
+    )
+
+
+def _trainer_arguments(config: Config) -> dict[str, Any]:
+    arguments = {key: value for key, value in config["trainer"].items() if key != "name"}
+    arguments.setdefault("enable_model_summary", False)
+    if isinstance(arguments["val_check_interval"], int):
+        arguments.setdefault("check_val_every_n_epoch", None)  # count batches across epochs
+    return arguments
+
+
+def _callbacks(run_dir: Path, parts: Assembly, data: DataModule) -> list[L.Callback]:
+    folder = run_dir / "checkpoints"
+    common = {"dirpath": folder, "enable_version_counter": False, "save_on_train_epoch_end": False}
+    best = ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", save_weights_only=True, **common)
+    last = ModelCheckpoint(filename="last", **common)
+    grid = (parts.model.height, parts.model.width)
+    return [
+        Temperature(),
+        ResumeRandomState(),
+        PermutationLog(run_dir, grid=grid, mean_image=data.mean_image()),
+        Progress(),
+        Preemption(folder / "last.ckpt"),
+        best,
+        last,
+    ]
+
+
+def _logger(config: Config, run_dir: Path) -> RunLogger:
+    settings = {key: value for key, value in config["logger"].items() if key != "name"}
+    return RunLogger(run_dir, config=dict(config), group=digest(config), job_type=config["task"]["name"], **settings)
+
+
+def _resume_from(config: Config, run_dir: Path) -> Path | None:
+    last = run_dir / "checkpoints" / "last.ckpt"
+    if config["ckpt_path"] and not last.is_file():
+        return Path(config["ckpt_path"])
+    return last if last.is_file() else None
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    if checkpoint is None:
+        return 0
+    try:
+        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    except Exception as error:
+        raise ConfigError(f"checkpoint {checkpoint}: cannot be read ({type(error).__name__})") from error
+
+
+def _statistics(parts: Assembly, trainer: L.Trainer) -> Summary:
+    return {
+        "train/steps": float(trainer.global_step),
+        "model/num_parameters": float(sum(p.numel() for p in parts.model.parameters())),
+        "permutation/num_parameters": float(sum(p.numel() for p in parts.method.parameters())),
+        "val/accuracy": float(trainer.callback_metrics["val/accuracy"]),
+    }
+
+
+def _write_results(run_dir: Path, parts: Assembly, task: L.LightningModule, data: DataModule) -> None:
+    """The picked order and the confusion matrix, for figures, refits and reports."""
+    method = parts.method
+    start = method.start_order.cpu().numpy()
+    order = start if method.needs_items else method.best().cpu().numpy()
+    write_npz(run_dir / "arrays" / "order.npz", order=order, start_order=start)
+    write_npz(run_dir / "arrays" / "confusion.npz", confusion=task.confusion.compute().cpu().numpy())

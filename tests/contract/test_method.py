@@ -1,0 +1,539 @@
+"""What every method promises, checked for every preset found in conf/method.
+
+A new method is one file and one YAML: nothing here names a method. What a preset can do (has it
+parameters, a soft matrix, a log-probability, is its sample left to chance) is read from it.
+"""
+
+import functools
+import io
+import json
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from scipy.stats import chi2_contingency, chisquare
+from torch.func import functional_call
+
+from permlab.config import build, component_options
+from permlab.errors import ConfigError
+from permlab.method.base import Method
+from permlab.option import choices, matches
+from permlab.permutation import PermutationSample, Site, invert, order_to_matrix, permute
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+PRESETS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+NUM_FEATURES = 4
+# None of the first three is its own inverse, so an inverted start cannot pass for the right one.
+STARTS = {
+    "shifted": [1, 2, 3, 4, 5, 0],
+    "mixed": [4, 0, 3, 1, 5, 2],
+    "two_groups": [1, 2, 0, 5, 3, 4],
+    "reversed": [5, 4, 3, 2, 1, 0],
+    "kept": [0, 1, 2, 3, 4, 5],
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Everything here is tiny: a second thread costs more than it saves, far more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# Building
+
+
+@functools.cache
+def _composed(preset: str) -> str:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return OmegaConf.to_yaml(compose(overrides=[f"+method={preset}"]).method, resolve=True)
+
+
+def settings_of(preset: str) -> dict[str, Any]:
+    """The preset as plain values, its parents merged in."""
+    settings = OmegaConf.to_container(OmegaConf.create(_composed(preset)))
+    return {"name": preset, "component": preset} | settings
+
+
+def make(preset: str, order: int | list[int], *, num_groups: int = 1, **changes: Any) -> Method:
+    """The preset at a site of this order (or of so many items in a fixed mixed order), options changed.
+
+    Its temperature is that of the middle of the schedule, which may start and end cold.
+    """
+    if isinstance(order, int):
+        order = torch.randperm(order, generator=torch.Generator().manual_seed(order)).tolist()
+    site = Site(name="site", order=torch.tensor(order), num_groups=num_groups, num_features=NUM_FEATURES)
+    torch.manual_seed(0)
+    method = build("method", settings_of(preset) | changes, site)
+    method.temperature = method.schedule.at(0.5)
+    return method
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def items_of(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, NUM_FEATURES, generator=seeded(seed))
+
+
+def disturb(method: Method, scale: float, seed: int = 0) -> Method:
+    """Move every parameter, as training would."""
+    generator = seeded(seed)
+    with torch.no_grad():
+        for parameter in method.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return method
+
+
+def counts(preset: str, **wanted: int) -> dict[str, int]:
+    """Those of the wanted counts (`num_iters`, `num_samples`) that the preset has as an option."""
+    return {key: value for key, value in wanted.items() if key in settings_of(preset)}
+
+
+def same(a: PermutationSample, b: PermutationSample) -> bool:
+    return all(
+        (x is None and y is None) or torch.equal(x, y)
+        for x, y in ((a.order, b.order), (a.soft, b.soft), (a.log_prob, b.log_prob))
+    )
+
+
+def loss_of(method: Method, items: torch.Tensor, sample: PermutationSample) -> torch.Tensor:
+    """A loss that depends on which item is in which slot, with the policy term where there is one."""
+    y = permute(items, sample)
+    weight = torch.linspace(-1, 1, y.shape[-2], dtype=y.dtype).cos().cumsum(0).unsqueeze(-1)
+    per_image = (weight * y).tanh().sum((-2, -1))
+    loss = per_image.mean()
+    if sample.log_prob is not None:
+        loss = loss - (method.advantage(-per_image.detach()) * sample.log_prob).mean()
+    return loss
+
+
+# What the presets can do
+
+
+def _first_sample(preset: str, seed: int = 0) -> PermutationSample:
+    return make(preset, 6)(items_of(6), generator=seeded(seed))
+
+
+LEARNED = [preset for preset in PRESETS if list(make(preset, 6).parameters())]
+RELAXED = [preset for preset in PRESETS if _first_sample(preset).soft is not None]
+LAWS = [preset for preset in PRESETS if _first_sample(preset).log_prob is not None]
+CHANCE = [preset for preset in PRESETS if not same(_first_sample(preset), _first_sample(preset, seed=1))]
+PICTURED = [preset for preset in PRESETS if make(preset, 6).soft_matrix(items_of(6)) is not None]
+
+
+# A true permutation, exactly at the start
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
+@pytest.mark.parametrize("num_items", [1, 2, 3, 17])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_order_is_a_permutation(preset, num_items, batch):
+    method = disturb(make(preset, num_items), 0.5)
+    items = items_of(*batch, num_items)
+    for training in (True, False):
+        sample = method.train(training)(items, generator=seeded(1))
+        assert sample.order.dtype == torch.int64
+        assert torch.equal(sample.order.sort(-1).values, torch.arange(num_items).expand_as(sample.order))
+        shape = torch.broadcast_shapes(sample.order.shape[:-1], batch)
+        assert permute(items, sample).shape == (*shape, num_items, NUM_FEATURES)
+        assert sample.log_prob is None or sample.log_prob.shape == sample.order.shape[:-1]
+        assert sample.soft is None or sample.soft.shape == (*sample.order.shape, num_items)
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_starting_order_is_reproduced_exactly(preset, start):
+    order = torch.tensor(STARTS[start])
+    num_groups = 2 if start == "two_groups" else 1
+    method = make(preset, STARTS[start], num_groups=num_groups)
+    items = items_of(2, 6)
+    assert torch.equal(method.best(items).expand(2, 6), order.expand(2, 6))
+    scores = method.scores(items)
+    if scores is not None and scores.shape == (num_groups, 6 // num_groups, 6 // num_groups):
+        assert torch.equal(method.merge_orders(scores.argmax(-1)), order)
+    elif scores is not None:
+        falling = method.split_scores(scores).argsort(-1, descending=True)
+        assert torch.equal(method.merge_orders(falling).expand(2, 6), order.expand(2, 6))
+    statistics = method.statistics(items)
+    assert statistics["kendall"] == 1
+    assert statistics["displacement"] == 0
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_groups_are_never_left(preset):
+    method = disturb(make(preset, [2, 0, 1, 4, 5, 3, 7, 8, 6], num_groups=3), 2.0)
+    items = items_of(9)
+    group = torch.arange(9) // 3
+    for seed in range(5):
+        sample = method(items, generator=seeded(seed))
+        assert torch.equal(sample.order // 3, group.expand_as(sample.order))
+        if sample.soft is not None:
+            assert (sample.soft[..., group[:, None] != group] == 0).all()
+    assert torch.equal(method.best(items) // 3, group)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_warmup_keeps_the_start_and_frozen_and_evaluation_are_hard_and_deterministic(preset):
+    method = disturb(make(preset, 6), 1.0)
+    items = items_of(6)
+    method.phase = "warmup"
+    assert torch.equal(method(items).order, method.site.order)
+    method.phase = "frozen"
+    frozen = method(items)
+    method.phase = "active"
+    evaluated = method.eval()(items)
+    for sample in (frozen, evaluated):
+        assert torch.equal(sample.order, method.best(items))
+        assert (sample.soft, sample.log_prob, sample.estimator) == (None, None, "none")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_statistics_are_finite_and_in_range(preset):
+    method = disturb(make(preset, 6), 1.0)
+    for step in range(4):
+        method.advance(step, 4)
+        statistics = method.statistics(items_of(3, 6))
+        assert {"entropy", "temperature", "kendall", "displacement"} <= statistics.keys()
+        assert all(value.ndim == 0 and value.isfinite() for value in statistics.values())
+        assert -1e-6 <= statistics["entropy"] <= 1 + 1e-6
+        assert statistics["temperature"] == pytest.approx(method.temperature)
+
+
+# The relaxation
+
+
+def _row_and_column_error(soft: torch.Tensor) -> tuple[float, float]:
+    return (soft.sum(-1) - 1).abs().max().item(), (soft.sum(-2) - 1).abs().max().item()
+
+
+@pytest.mark.parametrize("num_items", [1, 2, 3, 17])
+@pytest.mark.parametrize("preset", RELAXED)
+def test_rows_or_columns_of_the_soft_matrix_sum_to_one(preset, num_items):
+    method = disturb(make(preset, num_items), 0.3)
+    for temperature in (0.01, 0.3, 3.0):
+        method.temperature = temperature
+        soft = method(items_of(num_items), generator=seeded(0)).soft
+        assert (soft >= 0).all()
+        assert min(_row_and_column_error(soft)) < 1e-5
+        if num_items == 1:
+            assert soft.item() == 1
+
+
+@pytest.mark.parametrize("preset", [preset for preset in RELAXED if "num_iters" in settings_of(preset)])
+def test_enough_iterations_bring_rows_and_columns_to_one(preset):
+    method = disturb(make(preset, 17, num_iters=1000), 0.3)
+    method.temperature = 0.3
+    assert max(_row_and_column_error(method.soft_matrix(items_of(17)))) < 1e-4
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("preset", PICTURED)
+def test_cold_limit_is_the_hard_matrix_of_the_best_order(preset, seed):
+    method = disturb(make(preset, 5, **counts(preset, num_iters=1000)), 0.1, seed)
+    items = items_of(5)
+    target = order_to_matrix(method.best(items))
+    error = []
+    for temperature in (1.0, 0.001):
+        method.temperature = temperature
+        error.append((method.soft_matrix(items) - target).abs().max().item())
+    assert error[1] < 0.02 < error[0]
+    method.temperature = 0.001
+    assert method.entropy(items) < 0.02
+
+
+@pytest.mark.parametrize("preset", LEARNED)
+def test_gradients_agree_with_finite_differences(preset):
+    method = disturb(make(preset, 4).double(), 0.2)
+    items = items_of(4).double()
+    names = [name for name, _ in method.named_parameters()]
+
+    def outputs(*parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        sample = functional_call(
+            method, dict(zip(names, parameters, strict=True)), (items,), {"generator": seeded(0)}
+        )
+        if sample.soft is not None and torch.equal(sample.soft, order_to_matrix(sample.order, dtype=torch.float64)):
+            pytest.fail(f"{preset} starts from a matrix of constant value, nothing to differentiate")
+        return tuple(part for part in (sample.soft, sample.log_prob) if part is not None)
+
+    assert torch.autograd.gradcheck(outputs, tuple(method.parameters()))
+
+
+@pytest.mark.parametrize("preset", LEARNED)
+def test_a_training_step_changes_every_parameter_that_counts(preset):
+    method = disturb(make(preset, 6), 0.1)
+    items = items_of(5, 6)
+    loss_of(method, items, method(items, generator=seeded(1))).backward()
+    for parameter in method.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
+    # The running baseline of a law starts at the first reward, whose advantage is then zero.
+    loss_of(method, items, method(items, generator=seeded(2))).backward()
+    assert all((parameter.grad != 0).any() for parameter in method.parameters())
+
+
+@pytest.mark.parametrize("state", ["start", "tied", "huge"])
+@pytest.mark.parametrize("preset", LEARNED)
+def test_no_temperature_of_the_schedule_gives_nan(preset, state):
+    method = make(preset, 6)
+    with torch.no_grad():
+        for parameter in method.parameters():
+            parameter *= {"start": 1.0, "tied": 0.0, "huge": 1e12}[state]
+    items = items_of(5, 6)
+    schedule = [method.schedule.at(progress) for progress in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    for temperature in (*schedule, 1e-3, 1e3):
+        method.temperature = temperature
+        method.zero_grad()
+        sample = method(items, generator=seeded(0))
+        assert all(part is None or part.isfinite().all() for part in (sample.soft, sample.log_prob))
+        loss_of(method, items, sample).backward()
+        assert all(parameter.grad.isfinite().all() for parameter in method.parameters())
+        assert method.entropy(items).isfinite()
+        assert torch.equal(method.best(items).sort(-1).values.reshape(-1, 6)[0], torch.arange(6))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_bfloat16_items(preset):
+    method = disturb(make(preset, 6), 0.1)
+    items = items_of(3, 6)
+    full = permute(items, method(items, generator=seeded(0)))
+    low = items.bfloat16().requires_grad_()
+    half = permute(low, method(low, generator=seeded(0)))
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), full, rtol=0.02, atol=0.02)
+    half.sum().backward()
+    assert low.grad.isfinite().all()
+
+
+# Chance
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_same_generator_gives_the_same_bits(preset):
+    method = disturb(make(preset, 17), 0.1)
+    items = items_of(2, 17)
+    draws = []
+    for global_seed in (1, 2):
+        torch.manual_seed(global_seed)
+        draws.append(method(items, generator=seeded(7)))
+    assert same(*draws)
+    again = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        again.append(method(items))
+    assert same(*again)
+
+
+def frequencies(method: Method, items: torch.Tensor, num_draws: int) -> tuple[Counter, dict]:
+    """How often each order was drawn, and its log-probability where there is one."""
+    drawn: Counter = Counter()
+    log_prob = {}
+    generator = seeded(0)
+    with torch.no_grad():
+        while drawn.total() < num_draws:
+            sample = method(items, generator=generator)
+            orders = sample.order.reshape(-1, sample.order.shape[-1]).tolist()
+            drawn.update(map(tuple, orders))
+            if sample.log_prob is not None:
+                log_prob |= zip(map(tuple, orders), sample.log_prob.flatten().tolist(), strict=True)
+    return drawn, log_prob
+
+
+def law_of(preset: str, temperature: float, **changes: Any) -> tuple[Counter, dict]:
+    """Frequencies over four items, away from the start; draws come by the hundred where they can."""
+    method = disturb(make(preset, 4, **changes, **counts(preset, num_samples=200)), 0.3)
+    method.temperature = temperature
+    return frequencies(method, items_of(4), 8000)
+
+
+def agreement(drawn: Counter, log_prob: dict) -> float:
+    """p-value of a chi-square test of the frequencies against the claimed probabilities."""
+    orders = sorted(log_prob)
+    claimed = torch.tensor([log_prob[order] for order in orders], dtype=torch.float64).softmax(0)
+    return chisquare([drawn[order] for order in orders], (claimed * drawn.total()).tolist()).pvalue
+
+
+@pytest.mark.parametrize("preset", LAWS)
+def test_log_prob_is_that_of_the_law_that_is_drawn_from(preset):
+    omits_temperature = settings_of(preset).get("temperature_in_log_prob") is False
+    drawn, log_prob = law_of(preset, 1.0 if omits_temperature else 0.6)
+    assert len(log_prob) == math.factorial(4)
+    assert sum(map(math.exp, log_prob.values())) == pytest.approx(1, abs=1e-5)
+    assert agreement(drawn, log_prob) > 1e-3
+
+
+@pytest.mark.parametrize("preset", [name for name in LAWS if "temperature_in_log_prob" in settings_of(name)])
+def test_without_the_temperature_log_prob_is_that_of_another_law(preset):
+    assert agreement(*law_of(preset, 0.6, temperature_in_log_prob=False)) < 1e-6
+
+
+# Relabelling: numbering the items otherwise changes nothing but the numbers
+
+
+RELABEL = torch.tensor([3, 5, 0, 1, 4, 2])  # item `j` of the second site is item `RELABEL[j]` of the first
+
+
+def relabelled(preset: str) -> tuple[Method, torch.Tensor, Method, torch.Tensor]:
+    """The same site twice, its items and their starting order numbered otherwise, in float64."""
+    start, items = torch.tensor(STARTS["mixed"]), items_of(5, 6).double()
+    first, second = make(preset, start.tolist()), make(preset, invert(RELABEL)[start].tolist())
+    return first.double(), items, second.double(), items[:, RELABEL]
+
+
+def assert_relabelled(first: Method, items: torch.Tensor, second: Method, items_again: torch.Tensor) -> None:
+    assert torch.equal(invert(RELABEL)[first.best(items)], second.best(items_again))
+    soft = second.soft_matrix(items_again)
+    if soft is not None and second.entropy(items_again) < 1 and not _drawn(second):
+        torch.testing.assert_close(first.soft_matrix(items)[..., RELABEL], soft, rtol=1e-4, atol=1e-5)
+
+
+def _drawn(method: Method) -> bool:
+    """Whether the picture is made of draws, whose noise belongs to item numbers."""
+    return method(items_of(5, 6), generator=seeded(0)).estimator == "score_function"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_relabelled_items_start_relabelled(preset):
+    assert_relabelled(*relabelled(preset))
+
+
+@pytest.mark.parametrize("preset", [preset for preset in LEARNED if preset not in CHANCE])
+def test_training_commutes_with_relabelling(preset):
+    first, items, second, items_again = relabelled(preset)
+    first.temperature = second.temperature = 1.0
+    untrained = first.soft_matrix(items)
+    for method, x in ((first, items), (second, items_again)):
+        optimizer = torch.optim.SGD(method.parameters(), lr=0.3)
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss_of(method, x, method(x)).backward()
+            optimizer.step()
+    assert not torch.allclose(first.soft_matrix(items), untrained, atol=1e-3)
+    assert_relabelled(first, items, second, items_again)
+
+
+@pytest.mark.parametrize("preset", CHANCE)
+def test_chance_does_not_depend_on_item_numbers(preset):
+    start, relabel = torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1])
+    drawn = []
+    for order in (start, invert(relabel)[start]):
+        method = make(preset, order.tolist(), **counts(preset, num_iters=1, num_samples=100))
+        method.temperature = 0.5
+        drawn.append(frequencies(method, items_of(3), 2000)[0])
+    first = Counter({tuple(invert(relabel)[list(order)].tolist()): count for order, count in drawn[0].items()})
+    orders = sorted(first | drawn[1])
+    table = [[count[order] for order in orders] for count in (first, drawn[1])]
+    assert len(orders) == 1 or chi2_contingency(table).pvalue > 1e-3
+
+
+# Settings and state
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_state_survives_a_safe_file(preset):
+    method = disturb(make(preset, 6), 1.0)
+    items = items_of(5, 6)
+    for seed in range(3):
+        sample = method(items, generator=seeded(seed))
+        loss_of(method, items, sample)  # moves a running baseline, if there is one
+    file = io.BytesIO()
+    torch.save(method.state_dict(), file)
+    file.seek(0)
+    other = make(preset, 6)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(method.best(items), other.best(items))
+    again = [each(items, generator=seeded(9)) for each in (method, other)]
+    assert same(*again)
+    if sample.log_prob is not None:
+        reward = permute(items, sample).sum((-2, -1))
+        assert torch.equal(method.advantage(reward), other.advantage(reward))
+
+
+@functools.cache
+def _trace_of(preset: str, frozen_changes: str) -> list[Any]:
+    return trace(preset, json.loads(frozen_changes))
+
+
+def trace(preset: str, changes: dict[str, Any]) -> list[Any]:
+    """Everything a short training shows of a method, to the bit."""
+    method = make(preset, 6, **changes).double()
+    items = items_of(5, 6).double()
+    seen: list[Any] = [method.lr]
+    for step in range(12):
+        method.advance(step, 12)
+        sample = method(items, generator=seeded(step))
+        loss = loss_of(method, items, sample)
+        seen += [method.phase, method.temperature, sample.order, sample.soft, sample.log_prob, loss.detach()]
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(loss, list(method.parameters()))
+            seen += gradients
+            with torch.no_grad():
+                for parameter, gradient in zip(method.parameters(), gradients, strict=True):
+                    parameter -= 0.1 * gradient
+    return [(tuple(value.shape), value.flatten().tolist()) if torch.is_tensor(value) else value for value in seen]
+
+
+def variations(value: Any, type_: Any) -> list[Any]:
+    """Other values of an option, each of which has to make a difference."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, (int, float)):
+        near = [other for other in (value * 2, value / 2, value + 0.25) if other != value and matches(other, type_)]
+        return near[:1]
+    if isinstance(value, dict):
+        numbers = {key: number for key, number in value.items() if isinstance(number, (int, float))}
+        return [value | {key: number * 2 or 0.25} for key, number in numbers.items()]
+    return [choice for choice in choices(type_) if choice != value]
+
+
+def options(preset: str) -> dict[str, Any]:
+    known = component_options("method", settings_of(preset)["component"])
+    return {key: option.type for key, option in known.items()}
+
+
+def contexts(preset: str) -> list[dict[str, Any]]:
+    """The preset as it is, and with one of its named choices made otherwise: an option may belong to one choice."""
+    named = {key: type_ for key, type_ in options(preset).items() if choices(type_)}
+    settings = settings_of(preset)
+    others = [{key: choice} for key, type_ in named.items() for choice in choices(type_) if choice != settings[key]]
+    return [{}, *others]
+
+
+def makes_a_difference(preset: str, change: dict[str, Any]) -> bool:
+    """Whether a change shows in some context; a combination the method refuses counts as shown only if all are."""
+    refused = True
+    for context in contexts(preset):
+        if context.keys() & change.keys():
+            continue
+        try:
+            if _trace_of(preset, json.dumps(context)) != trace(preset, context | change):
+                return True
+            refused = False
+        except ConfigError:
+            continue
+    return refused
+
+
+@pytest.mark.parametrize(("preset", "key"), [(preset, key) for preset in PRESETS for key in options(preset)])
+def test_every_option_changes_some_output(preset, key):
+    settings = settings_of(preset)
+    changed = variations(settings[key], options(preset)[key])
+    assert changed, f"no other value of {key}={settings[key]} to try"
+    for value in changed:
+        assert makes_a_difference(preset, {key: value}), f"{key}: {settings[key]} -> {value} changes nothing"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_yaml_has_a_help_line_and_a_starting_order(preset):
+    first = (CONF / "method" / f"{preset}.yaml").read_text().splitlines()[0]
+    assert re.fullmatch(r"# \S.{10,}", first)
+    assert "order" in settings_of(preset)

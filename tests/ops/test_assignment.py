@@ -1,0 +1,91 @@
+"""Assignment against a search through all permutations."""
+
+from itertools import permutations
+
+import pytest
+import torch
+
+from permlab.ops.assignment import assign
+from permlab.permutation import check_order, order_to_matrix
+
+INF = float("inf")
+
+
+def total(scores, order):
+    return sum(scores[slot][item] for slot, item in enumerate(order))
+
+
+def best_total(scores):
+    return max(total(scores, order) for order in permutations(range(len(scores))))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_as_good_as_the_best_of_all_permutations(n, batch):
+    scores = torch.randn(*batch, n, n, dtype=torch.float64)
+    orders = assign(scores)
+    check_order(orders)
+    assert orders.shape == (*batch, n)
+    for table, order in zip(scores.reshape(-1, n, n).tolist(), orders.reshape(-1, n).tolist(), strict=True):
+        assert total(table, order) == pytest.approx(best_total(table))
+
+
+def test_recovers_the_order_of_a_permutation_matrix():
+    order = torch.stack([torch.randperm(17) for _ in range(4)])
+    assert torch.equal(assign(order_to_matrix(order)), order)
+
+
+def test_ties_are_broken_the_same_way_and_stay_optimal():
+    scores = torch.randint(0, 2, (20, 5, 5)).float()
+    orders = assign(scores)
+    assert torch.equal(assign(scores.clone()), orders)
+    check_order(orders)
+    for table, order in zip(scores.tolist(), orders.tolist(), strict=True):
+        assert total(table, order) == best_total(table)
+
+
+def test_forbidden_pairs_are_avoided_at_any_price():
+    scores = torch.randn(30, 4, 4, dtype=torch.float64)
+    scores[torch.rand(scores.shape) < 0.3] = -INF
+    feasible = [table for table in scores if best_total(table.tolist()) > -INF]
+    assert 5 < len(feasible) < 30
+    for table in feasible:
+        assert total(table.tolist(), assign(table).tolist()) == pytest.approx(best_total(table.tolist()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_any_floating_dtype(dtype):
+    scores = torch.randn(6, 5, 5).to(dtype)
+    orders = assign(scores)
+    assert orders.dtype == torch.int64
+    assert torch.equal(orders, assign(scores.double()))
+
+
+def test_no_gradient_and_no_change_of_the_input():
+    scores = torch.randn(3, 3, requires_grad=True)
+    before = scores.detach().clone()
+    assert not assign(scores).requires_grad
+    assert torch.equal(scores, before)
+
+
+def test_an_empty_batch_has_no_orders():
+    assert assign(torch.zeros(0, 3, 3)).shape == (0, 3)
+
+
+def test_bad_input(unchecked):
+    nan, infinite, infeasible = (torch.zeros(2, 3, 3) for _ in range(3))
+    nan[1, 0, 2] = float("nan")
+    infinite[0, 2, 1] = INF
+    infeasible[1, 1:, 1:] = -INF
+    cases = [
+        (nan, r"score nan at \[1, 0, 2\]"),
+        (infinite, r"score inf at \[0, 2, 1\]"),
+        (infeasible, r"matrix \[1\] leave no permutation"),
+        (torch.zeros(2, 3), r"shape \(2, 3\)"),
+        (torch.zeros(2), r"shape \(2,\)"),
+        (torch.zeros(1, 0, 0), r"shape \(1, 0, 0\)"),
+        (torch.zeros(2, 2, dtype=torch.int64), "int64"),
+    ]
+    for scores, message in cases:
+        with pytest.raises(ValueError, match=message):
+            assign(scores)

@@ -1,0 +1,220 @@
+"""The command line from outside: what is printed where, exit codes, and that nothing is written on bad input."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from permlab.cli import expand, help_text, main, parse_overrides, resolve, split_arguments
+from permlab.config import CONF, GROUPS, component_names, digest, run_directory
+from permlab.errors import ConfigError
+
+ROOT = CONF.parent
+
+
+def problems_of(*overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        resolve("train", overrides)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("method=sinkhron", ["method=sinkhron", "sinkhorn"]),
+        ("metod=sinkhorn", ["metod=sinkhorn", "method"]),
+        ("optim.lrr=0.1", ["optim.lrr=0.1", "optim.lr"]),
+        ("model.widht=3", ["model.widht=3"]),
+        ("trainer.max_step=3", ["trainer.max_step=3", "trainer.max_steps"]),
+        ("optim.lr=abc", ["optim.lr=abc", "number"]),
+        ("optim.lr=-1", ["optim.lr=-1", "> 0"]),
+        ("optim.lr=nan", ["optim.lr=nan", "> 0"]),
+        ("optim.schedule=cosin", ["optim.schedule=cosin", "cosine"]),
+        ("data.batch_size=0", ["data.batch_size=0", "> 0"]),
+        ("data.batch_size=1.5", ["data.batch_size=1.5", "integer"]),
+        ("seed=-3", ["seed=-3", ">= 0"]),
+        ("model.patch_size=3", ["model.patch_size=3", "1, 2, 4, 8"]),
+        ("method.order=hilbrt", ["method.order=hilbrt", "hilbert"]),
+        ("method.order=[0,0,1]", ["method.order=[0, 0, 1]", "64 items"]),
+        ("method.order=none.npz", ["method.order=none.npz", "no such file"]),
+        ("method.temperature={start: 1, ned: 2}", ["method.temperature", "ned"]),
+        ("method.temperature=-0.1", ["method.temperature=-0.1"]),
+        ("method.freeze_fraction=1.5", ["method.freeze_fraction=1.5", "<= 1"]),
+        ("ckpt_path=nowhere/last.ckpt", ["ckpt_path=nowhere/last.ckpt", "no such file"]),
+        ("task.teacher=nowhere", ["task.teacher=nowhere", "run directory"]),
+        ("task.distill_weight=1", ["task.distill_weight=1", "task.teacher"]),
+        ("trainer.max_steps=-1", ["trainer.max_steps=-1", "max_epochs"]),
+        ("trainer.logger=true", ["trainer.logger", "set by permlab"]),
+        ("logger.mode=onlin", ["logger.mode=onlin", "online"]),
+        ("method.component=../../etc", ["method.component=../../etc"]),
+        ("model=vim_nano,vit_nano", ["model=vim_nano,vit_nano", "-m"]),
+    ],
+)
+def test_bad_input_is_named_with_key_value_and_remedy(override: str, named: list[str]) -> None:
+    (problem,) = problems_of(override)
+    for part in named:
+        assert part in problem
+
+
+def test_rules_over_several_keys() -> None:
+    assert "leave_one_out" in problems_of("method=reorder", "method.num_samples=1")[0]
+    assert "exceeds 1" in problems_of("method.warmup_fraction=0.8")[0]
+    assert "does not divide" in problems_of("model=vit_nano", "model.num_heads=5")[0]
+
+
+def test_all_problems_are_reported_at_once_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code = main("train", ["method=sinkhron", "optim.lr=abc", "optim.foo=1", f"paths.runs={tmp_path / 'runs'}"])
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert all(part in err for part in ("method=sinkhron", "optim.lr=abc", "optim.foo=1"))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("word", ["foo", "a=[1", "method.order=[1,2"])
+def test_an_override_that_cannot_be_read(word: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        parse_overrides([word])
+
+
+def test_unknown_flag() -> None:
+    with pytest.raises(ConfigError, match="--multirun"):
+        split_arguments(["--multrun"])
+
+
+def test_paths_with_equal_signs_need_no_quotes() -> None:
+    (override,) = parse_overrides(["run=runs/a-b/seed=0-12ab"])
+    assert override.value() == "runs/a-b/seed=0-12ab"
+    (override,) = parse_overrides(["method.order=random(3)"])
+    assert override.value() == "random(3)"
+
+
+def test_temperature_takes_a_number_or_a_schedule_whatever_the_preset_has() -> None:
+    config, _ = resolve("train", ["method=reorder", "method.temperature=0.5"])
+    assert config["method"]["temperature"] == 0.5
+    config, _ = resolve("train", ["method=sinkhorn_ste", "method.temperature={start: 1.0, end: 0.1}"])
+    assert config["method"]["temperature"] == {"start": 1.0, "end": 0.1}
+    config, _ = resolve("train", ["method=reorder", "method.temperature.start=0.7"])
+    assert config["method"]["temperature"]["start"] == 0.7
+
+
+def test_a_setting_of_another_component_is_a_warning() -> None:
+    config, warnings = resolve("train", ["method=sort_ste", "method.num_iters=5"])
+    assert "num_iters" not in config["method"]
+    assert warnings == ["method.num_iters=5 has no effect with method=sort_ste"]
+
+
+def test_values_are_derived_from_the_data() -> None:
+    config, _ = resolve("train", ["model=vit_nano"])
+    assert config["model"]["patch_size"] == 1
+    assert config["trainer"]["val_check_interval"] == 150
+    assert resolve("train", ["trainer.max_steps=2"])[0]["trainer"]["val_check_interval"] == 2
+    assert resolve("train", ["method=fixed"])[0]["task"]["control"] is False
+
+
+def test_run_directory_depends_on_what_is_computed_not_on_where() -> None:
+    base, _ = resolve("train", [])
+    elsewhere, _ = resolve("train", ["logger.mode=disabled", "data.num_workers=2", "force=true"])
+    seeded, _ = resolve("train", ["seed=1"])
+    other, _ = resolve("train", ["optim.lr=0.5"])
+    assert run_directory(base) == run_directory(elsewhere)
+    assert digest(base) == digest(seeded) != digest(other)
+    assert run_directory(base).parts[:-1] == ("runs", "classify", "digits-ssm_probe-sinkhorn_ste")
+    assert run_directory(seeded).name == f"seed=1-{digest(base)}"
+
+
+def test_every_configuration_file_composes_and_validates() -> None:
+    for group in GROUPS:
+        names = component_names(group)
+        assert names, group
+        for name in names:
+            if group == "data" and "root" in (CONF / group / f"{name}.yaml").read_text():
+                assert "data" in problems_of(f"data={name}", "paths.data=no-such-folder")[0]
+                continue
+            config, warnings = resolve("train", [f"{group}={name}"])
+            assert config[group]["name"] == name
+            assert not warnings
+
+
+def test_every_experiment_composes_and_validates() -> None:
+    for name in component_names("experiment"):
+        composed = main("train", ["--cfg", "job", f"experiment={name}"])
+        assert composed in (0, 2), name  # 2 only where its dataset is not on this machine
+
+
+def test_expand_is_the_cartesian_product() -> None:
+    jobs = expand(["method=sort_ste,reorder", "seed=range(0,2)", "optim.lr=0.1"])
+    assert jobs == [
+        ["method=sort_ste", "seed=0", "optim.lr=0.1"],
+        ["method=sort_ste", "seed=1", "optim.lr=0.1"],
+        ["method=reorder", "seed=0", "optim.lr=0.1"],
+        ["method=reorder", "seed=1", "optim.lr=0.1"],
+    ]
+
+
+def test_help_has_a_line_for_every_choice() -> None:
+    lines = help_text("train").splitlines()
+    for group in GROUPS:
+        for name in component_names(group):
+            (line,) = [line for line in lines if line.split() and line.split()[0] == name]
+            assert len(line.split()) > 2, f"{group}/{name}.yaml has no comment in its first line"
+
+
+def test_cfg_prints_the_resolved_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("train", ["--cfg", "job", "method=fixed"]) == 0
+    out = capsys.readouterr().out
+    assert "lr: ${" not in out
+    assert "patch_size: 1" in out
+    assert main("train", ["--cfg", "job", "-p", "optim"]) == 0
+    assert capsys.readouterr().out.startswith("name: adamw")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ([], "run: missing"),
+        (["run=nowhere"], "run=nowhere: not a run directory"),
+        (["run=nowhere", "splt=val"], "split"),
+        (["run=nowhere", "split=tset"], "nearest valid choice: test"),
+    ],
+)
+def test_eval_refuses_bad_input(arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("eval", arguments) == 2
+    err = capsys.readouterr().err
+    assert part in err
+    assert err.count("\n") == 1
+
+
+def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+def test_a_wrong_choice_ends_before_torch_is_imported() -> None:
+    began = time.monotonic()
+    result = script("-X", "importtime", "train.py", "method=sinkhron")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    modules = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines() if "|" in line}
+    assert "hydra" in modules
+    assert not modules & {"torch", "lightning", "timm", "transformers", "wandb"}
+    lines = [line for line in result.stderr.splitlines() if "|" not in line]
+    assert lines == ["error: method=sinkhron: no such choice; nearest valid choice: sinkhorn"]
+    assert time.monotonic() - began < 10  # an upper bound for a busy machine; 0.7 s on an idle one
+
+
+def test_the_traceback_is_there_when_asked_for() -> None:
+    result = script("train.py", "method=sinkhron", PERMLAB_DEBUG="1")
+    assert result.returncode != 0
+    assert "Traceback" in result.stderr
+
+
+def test_shell_completion_knows_the_choices() -> None:
+    environment = {"COMP_LINE": "python train.py method=sinkhorn_", "COMP_POINT": "33"}
+    result = script("train.py", "-sc", "query=bash", **environment)
+    assert "method=sinkhorn_ste" in result.stdout, result.stderr
