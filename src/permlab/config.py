@@ -234,8 +234,16 @@ def build(group: str, settings: Mapping[str, Any], *context: Any) -> Any:
 
 
 def data_spec(settings: Mapping[str, Any]) -> DataSpec:
-    """Shape of the configured dataset; its class answers this without importing torch."""
-    return build("data", settings).spec()
+    """Shape of the configured dataset; its class answers this without importing torch.
+
+    Raises:
+        ConfigError: if its files are missing or not what they should be.
+    """
+    try:
+        return build("data", settings).spec()
+    except ValueError as error:
+        where = f"data.root={settings['root']}" if "root" in settings else f"data={settings.get('name')}"
+        raise ConfigError(f"{where}: {error}") from error
 
 
 # Validation

@@ -258,11 +258,12 @@ def _step_of(checkpoint: Path | None) -> int:
 
 
 def _statistics(parts: Assembly, trainer: L.Trainer) -> Summary:
+    picked = next(callback for callback in trainer.checkpoint_callbacks if callback.monitor)
     return {
         "train/steps": float(trainer.global_step),
         "model/num_parameters": float(sum(p.numel() for p in parts.model.parameters())),
         "permutation/num_parameters": float(sum(p.numel() for p in parts.method.parameters())),
-        "val/accuracy": float(trainer.callback_metrics["val/accuracy"]),
+        "val/accuracy": float(picked.best_model_score),
     }
 
 

@@ -80,20 +80,6 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     return _decode(json.loads((run_dir / "summary.json").read_text()))
 
 
-def announce_finished(config: Mapping[str, Any]) -> bool:
-    """Say that this configuration has been run, with its results; False if it has not."""
-    # Needed by this one function, and heavier than everything else here.
-    from permlab.config import run_directory
-    from permlab.report import print_report
-
-    run_dir = run_directory(config)
-    if not is_done(run_dir):
-        return False
-    print("finished already; force=true trains again")
-    print_report(config, read_summary(run_dir))
-    return True
-
-
 # Metrics over time
 
 

@@ -164,7 +164,9 @@ class Mirror:
             )
 
 
-def start_wandb(run_dir: Path, *, mode: str, config: Mapping[str, Any], run_id: str | None = None, **settings: Any) -> Any:
+def start_wandb(
+    run_dir: Path, *, mode: str, config: Mapping[str, Any], run_id: str | None = None, **settings: Any
+) -> Any:
     """Start a W&B run with its files in the run directory; never asks for anything.
 
     Args:

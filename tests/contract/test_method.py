@@ -198,6 +198,19 @@ def test_warmup_keeps_the_start_and_frozen_and_evaluation_are_hard_and_determini
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+def test_items_may_be_left_out_unless_they_are_needed(preset):
+    method = disturb(make(preset, 6), 1.0)
+    items = items_of(6)
+    if method.needs_items:
+        with pytest.raises(ValueError, match="items"):
+            method.best()
+        return
+    assert torch.equal(method.best(), method.best(items))
+    assert same(method.eval()(), method(items))
+    assert method.train()(generator=seeded(0)).order.shape[-1] == 6
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_statistics_are_finite_and_in_range(preset):
     method = disturb(make(preset, 6), 1.0)
     for step in range(4):
@@ -433,6 +446,33 @@ def test_chance_does_not_depend_on_item_numbers(preset):
     orders = sorted(first | drawn[1])
     table = [[count[order] for order in orders] for count in (first, drawn[1])]
     assert len(orders) == 1 or chi2_contingency(table).pvalue > 1e-3
+
+
+# Learning
+
+
+@pytest.mark.parametrize("preset", LEARNED)
+def test_training_improves_the_order(preset):
+    """The loss is a sum over slots of weight times item, so sorting the items solves it."""
+    value = torch.tensor([0.3, -0.8, 1.0, -0.2, 0.6, -1.0])
+    items = value.unsqueeze(-1).expand(6, NUM_FEATURES)
+    weight = torch.linspace(-1, 1, 6).unsqueeze(-1)
+    method = make(preset, 6, **({"lr": 0.05} if "lr" in settings_of(preset) else {}))
+    begin = (weight * items[method.best(items)]).sum()
+    optimizer = torch.optim.Adam(method.parameters(), lr=method.lr)
+    for step in range(150):
+        method.advance(step, 150)
+        sample = method(items, generator=seeded(step))
+        if sample.estimator == "none":
+            continue
+        each = (weight * permute(items, sample)).sum((-2, -1))
+        loss = each.mean()
+        if sample.log_prob is not None:
+            loss = loss - (method.advantage(-each.detach()) * sample.log_prob).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert (weight * items[method.best(items)]).sum() < begin - 2
 
 
 # Settings and state

@@ -40,7 +40,8 @@ def test_every_class_has_its_share_in_every_part() -> None:
 
 def test_labels_belong_to_their_images() -> None:
     digits = load_digits()
-    label_of = {image.astype(np.float32).tobytes(): label for image, label in zip(digits.images / 16, digits.target)}
+    pairs = zip((digits.images / 16).astype(np.float32), digits.target, strict=True)
+    label_of = {image.tobytes(): label for image, label in pairs}
     images, labels = Digits(val_fraction=0.2, test_fraction=0.2).dataset("val", 2).__getitems__(range(50))
     assert images.shape == (50, 1, 8, 8)
     assert [label_of[image.numpy().tobytes()] for image in images] == labels.tolist()

@@ -75,7 +75,7 @@ def test_cold_limit_is_the_best_permutation():
         if totals[best] > totals[second]:
             num_checked += 1
             expected = order_to_matrix(torch.tensor(best), dtype=torch.float64)
-            torch.testing.assert_close(sinkhorn(table, temperature=0.1, num_iters=100), expected, atol=1e-2, rtol=0)
+            torch.testing.assert_close(sinkhorn(table, temperature=0.05, num_iters=500), expected, atol=2e-2, rtol=0)
     assert num_checked >= 5
 
 

@@ -56,9 +56,7 @@ def _order(run_dir: Path) -> "Figure | None":
     order = last if last.ndim > 1 else _read(run_dir / "arrays" / "order.npz").get("order", last)
     rows, columns = grid["grid"].tolist()
     name = "learned" if "scores" in snapshots[-1] else "fixed"
-    return order_figure(
-        grid["start_order"], order, grid=(rows, columns), mean_image=grid.get("mean_image"), name=name
-    )
+    return order_figure(grid["start_order"], order, grid=(rows, columns), mean_image=grid.get("mean_image"), name=name)
 
 
 def _soft(run_dir: Path) -> "Figure | None":

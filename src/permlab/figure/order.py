@@ -34,7 +34,8 @@ def order_figure(
     if start.shape != (height * width,) or order.shape[-1] != height * width:
         raise ValueError(f"orders of shape {start.shape} and {order.shape} do not fit a {height}x{width} grid")
     ranks = [_mean_rank(start), _mean_rank(order)]
-    titles = ["start", f"{name} (Kendall {kendall(*ranks):+.2f} to start)"]
+    several = f", mean of {len(order)}" if order.ndim > 1 else ""
+    titles = ["start", f"{name}{several} (Kendall {kendall(*ranks):+.2f} to start)"]
     if height == 1:
         return _sequence_figure(ranks, titles)
     figure = new_figure(9.6, 8.2 * min(max(height / width, 0.4), 1.5) + 1.2)
@@ -108,6 +109,7 @@ def _sequence_figure(ranks: Sequence[np.ndarray], titles: Sequence[str]) -> Figu
     for axes, rank, title in zip(figure.subplots(1, 2, sharey=True), ranks, titles, strict=True):
         axes.scatter(np.arange(len(rank)), rank, c=rank, cmap=SEQUENTIAL, s=16)
         axes.set(title=title, xlabel="item", ylabel="slot (0 is read first)")
+        axes.label_outer()
     return figure
 
 

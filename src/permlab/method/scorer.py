@@ -96,6 +96,7 @@ class ScoreMethod(Method):
         self.estimator: Literal["relaxed", "straight_through"] = estimator
         self.scorer = Scorer(site, kind=scorer, width=width)
         self.needs_items = scorer != "vector"
+        self.needs_items = scorer != "vector"
 
     def relax(self, scores: Float[Tensor, "*b g m"]) -> Float[Tensor, "*b g m m"]:
         """Relaxed sorting matrix of each group, at the present temperature."""

@@ -1,0 +1,160 @@
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from permlab.data.module import DataModule
+from permlab.errors import ConfigError
+
+DIGITS = {
+    "name": "digits",
+    "component": "digits",
+    "val_fraction": 0.3,
+    "test_fraction": 0.3,
+    "batch_size": 150,  # four batches of 718 images
+    "num_workers": 0,
+}
+
+
+class Recorder(L.LightningModule):
+    """Trains a weight that needs no training and keeps a fingerprint of every batch by step and epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: dict[int, tuple[int, str]] = {}
+        self.validated: list[int] = []
+
+    def training_step(self, batch, batch_idx: int):
+        images, labels = batch
+        fingerprint = " ".join(map(str, labels[:30].tolist())) + f" {images.sum():.1f}"
+        self.seen[self.global_step] = (self.current_epoch, fingerprint)
+        return self.weight * images.mean()
+
+    def on_validation_epoch_start(self) -> None:
+        self.validated.append(0)
+
+    def validation_step(self, batch, batch_idx: int) -> None:
+        self.validated[-1] += len(batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class SaveEverywhere(L.Callback):
+    """A checkpoint after every batch, as an interruption makes, and one after every validation."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        trainer.save_checkpoint(self.folder / f"batch{trainer.global_step}.ckpt")
+
+    def on_validation_end(self, trainer: L.Trainer, *_: object) -> None:
+        trainer.save_checkpoint(self.folder / f"validation{trainer.global_step}.ckpt")
+
+
+def fit(settings, checkpoint: Path | None = None, callbacks=(), **arguments) -> Recorder:
+    recorder = Recorder()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        callbacks=list(callbacks),
+        **arguments,
+    )
+    trainer.fit(recorder, datamodule=DataModule(settings, 1), ckpt_path=checkpoint, weights_only=True)
+    return recorder
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's advice on workers and logging
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    "length",
+    [
+        {"max_epochs": 3},
+        {"max_steps": 11, "max_epochs": -1, "val_check_interval": 3, "check_val_every_n_epoch": None},
+    ],
+)
+def test_resuming_after_any_batch_sees_what_the_whole_run_saw(tmp_path: Path, length, num_workers: int) -> None:
+    settings = DIGITS | {"num_workers": num_workers}
+    whole = fit(settings, callbacks=[SaveEverywhere(tmp_path)], **length)
+    num_steps = 12 if "max_steps" not in length else 11
+    assert sorted(whole.seen) == list(range(num_steps))
+    assert [epoch for _, (epoch, _) in sorted(whole.seen.items())] == [step // 4 for step in range(num_steps)]
+    assert len({fingerprint for _, fingerprint in whole.seen.values()}) == num_steps
+    assert set(whole.validated) == {539}
+    checkpoints = sorted(tmp_path.glob("*.ckpt"), key=lambda path: int("".join(filter(str.isdigit, path.stem))))
+    assert len(checkpoints) == num_steps + 3
+    for checkpoint in checkpoints[:: 3 if num_workers else 1]:
+        resumed = fit(settings, checkpoint, **length).seen
+        first = int("".join(filter(str.isdigit, checkpoint.stem)))
+        assert {step: fingerprint for step, (_, fingerprint) in resumed.items()} == {
+            step: fingerprint for step, (_, fingerprint) in whole.seen.items() if step >= first
+        }, checkpoint.stem
+
+
+def test_an_epoch_cut_short_and_a_validation_cut_short_start_anew() -> None:
+    recorder = fit(DIGITS, max_epochs=3, limit_train_batches=3, limit_val_batches=2)
+    assert [epoch for _, (epoch, _) in sorted(recorder.seen.items())] == [0] * 3 + [1] * 3 + [2] * 3
+    assert recorder.validated == [300] * 3
+
+
+def test_loaders_take_split_seed_and_sizes_from_the_settings() -> None:
+    module = DataModule(DIGITS | {"num_workers": 2}, seed=5)
+    train, val, test = module.train_dataloader(), module.val_dataloader(), module.test_dataloader()
+    assert [loader.shuffle for loader in (train, val, test)] == [True, False, False]
+    assert [len(loader.dataset) for loader in (train, val, test)] == [718, 539, 540]
+    assert {(loader.batch_size, loader.num_workers, loader.seed) for loader in (train, val, test)} == {(150, 2, 5)}
+    assert {(loader.rank, loader.num_ranks) for loader in (train, val, test)} == {(0, 1)}
+
+
+def test_mean_image_is_the_mean_of_all_where_there_are_few() -> None:
+    module = DataModule(DIGITS, seed=0)
+    images = module.component.dataset("train", 0).inputs
+    np.testing.assert_allclose(module.mean_image(limit=10_000), images[:, 0].numpy().mean(0), atol=1e-6)
+    close_to_all = load_digits().images.mean(0) / 16
+    assert np.abs(module.mean_image(limit=100) - close_to_all).max() < 0.2
+
+
+def test_mean_image_is_of_every_class_in_a_sorted_dataset(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name, value in (("a", 0), ("b", 100), ("c", 200)):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(50):
+                Image.new("L", (8, 6), value).save(tmp_path / split / name / f"{i}.png")
+    settings = {
+        "name": "image_folder",
+        "component": "image_folder",
+        "root": str(tmp_path),
+        "image_size": 4,
+        "resize": 4,
+        "channels": 3,
+        "patch_size": 1,
+        "augment": "flip",
+        "normalise": False,
+        "val_fraction": 0.2,
+        "batch_size": 8,
+        "num_workers": 0,
+    }
+    mean = DataModule(settings, seed=0).mean_image(limit=9)
+    assert mean.shape == (4, 4)
+    np.testing.assert_allclose(mean, 100 / 255, atol=1e-6)
+    (tmp_path / "train" / "a" / "0.png").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"data: .*a/0\.png: not a readable image"):
+        DataModule(settings, seed=0).mean_image(limit=1000)
+
+
+def test_what_a_dataset_refuses_is_an_error_of_the_configuration(tmp_path: Path) -> None:
+    settings = {"name": "medmnist", "component": "medmnist", "root": str(tmp_path), "flag": "pathmnist"}
+    module = DataModule(settings | {"batch_size": 2, "num_workers": 0}, seed=0)
+    with pytest.raises(ConfigError, match=r"data: .*pathmnist\.npz: no such file"):
+        module.train_dataloader()

@@ -1,0 +1,40 @@
+"""Sweeps: isolation, failures, exit codes, the table."""
+
+import os
+from pathlib import Path
+
+import pytest
+from runs import SHORT
+
+from permlab.cli import main
+from permlab.multirun import table
+
+
+def test_a_failed_job_does_not_stop_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    os.environ["LOCAL_RANK"] = "1"  # left by a launcher around us; it must not reach the jobs
+    try:
+        words = ["optim.lr=-1,0.03", "model=ssm_probe", "task.control=false", "trainer.max_steps=2", "seed=0,1"]
+        code = main("train", ["-m", *SHORT, f"paths.runs={tmp_path}", *words])
+    finally:
+        del os.environ["LOCAL_RANK"]
+    out, err = capfd.readouterr()
+    assert code == 1
+    assert err.count("error: optim.lr=-1") == 2
+    assert len(list(tmp_path.rglob("DONE"))) == 2
+    rows = out.splitlines()[-5:]
+    assert rows[0].startswith("optim.lr=-1 seed=0")
+    assert rows[0].endswith("failed (exit 2)")
+    assert rows[-1].startswith("optim.lr=0.03 (2 seeds)")
+    assert "+-" in rows[-1]
+
+
+def test_a_sweep_without_one_usable_job_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main("train", ["-m", f"paths.runs={tmp_path / 'runs'}", "method=sinkhron", "seed=0,1"])
+    assert code == 2
+    assert capsys.readouterr().err.count("error: method=sinkhron") == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_table_names_only_what_differs() -> None:
+    jobs = [["a=1", "seed=0"], ["a=1", "seed=1"]]
+    assert table(jobs, [None, None], [2, 2]).splitlines()[1].split("  ")[0] == "seed=0"
