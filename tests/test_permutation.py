@@ -1,6 +1,5 @@
 """The convention, and how permutations are applied, against autograd through the dense matrices."""
 
-import jaxtyping
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,14 +18,6 @@ from permlab.permutation import (
 BATCHES = [(), (2,), (2, 3)]
 # Batch axes of the sample, then those of the items.
 PAIRS = [((), ()), ((), (4,)), ((1,), (4,)), ((4,), (4,)), ((3, 1), (4,)), ((3, 4), (4,)), ((4,), ()), ((1, 4), (3, 1))]
-
-
-@pytest.fixture
-def unchecked():
-    """What a user has: no type checker that catches a wrong dtype or shape before the code does."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 class Recorder(TorchDispatchMode):

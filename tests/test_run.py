@@ -36,7 +36,7 @@ def test_a_run_leaves_the_files_of_the_contract(finished: Result) -> None:
     files = {str(path.relative_to(finished.run_dir)) for path in finished.run_dir.rglob("*") if path.is_file()}
     assert {"config.yaml", "provenance.json", "metrics.jsonl", "summary.json", "DONE"} <= files
     assert {"checkpoints/best.ckpt", "checkpoints/last.ckpt", "arrays/order.npz", "arrays/confusion.npz"} <= files
-    assert {"figures/order.png", "figures/soft.png", "figures/scores.png", "figures/confusion.png"} <= files
+    assert {"figures/order.png", "figures/soft_matrix.png", "figures/scores.png", "figures/confusion.png"} <= files
     with np.load(finished.run_dir / "arrays" / "order.npz", allow_pickle=False) as arrays:
         check_order(torch.from_numpy(arrays["order"]))
         assert arrays["start_order"].tolist() == list(range(64))
@@ -166,7 +166,9 @@ def test_a_checkpoint_of_another_model_is_refused(finished: Result, tmp_path: Pa
 
 
 def test_a_diverging_run_stops_and_names_the_culprit(tmp_path: Path) -> None:
-    result = train(tmp_path, "optim.lr=1e30", "task.control=false", "model=vit_nano", "optim.schedule=constant", steps=40)
+    result = train(
+        tmp_path, "optim.lr=1e30", "task.control=false", "model=vit_nano", "optim.schedule=constant", steps=40
+    )
     assert result.code == 1
     assert re.match(r"error: step \d+: ", result.err)
     assert "optim.lr" in result.err
@@ -200,6 +202,11 @@ def test_an_order_that_depends_on_the_image_has_no_refit(tmp_path: Path) -> None
     assert result.code == 0, result.err
     assert "test/accuracy_control" in result.summary
     assert "test/accuracy_refit" not in result.summary
+
+
+def test_the_last_step_is_validated_wherever_the_interval_falls(finished: Result) -> None:
+    validated = [line["step"] for line in finished.metrics if "val/accuracy" in line]
+    assert validated == [20, 40, STEPS]
 
 
 def test_accumulation_counts_optimiser_steps(tmp_path: Path) -> None:

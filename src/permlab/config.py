@@ -50,7 +50,6 @@ MACHINE_KEYS = (
     "paths",
     "logger",
     "data.num_workers",
-    "data.root",
     "optim.name",
     "trainer.name",
     "trainer.accelerator",
@@ -468,7 +467,9 @@ def derive(config: dict[str, Any]) -> None:
 def digest(config: Mapping[str, Any]) -> str:
     """Eight hex digits of what the run computes: the configuration without seed and machine keys."""
     reduced = copy.deepcopy(dict(config))
-    for dotted in MACHINE_KEYS:
+    # A named dataset is the same wherever it lies; a folder of one's own is known by its place alone.
+    keys = MACHINE_KEYS if config["data"]["name"] == "image_folder" else (*MACHINE_KEYS, "data.root")
+    for dotted in keys:
         *parents, key = dotted.split(".")
         node = reduced
         for parent in parents:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
+# fmt: off
 PACKAGES = (
-    "permlab torch torchvision lightning torchmetrics timm transformers numpy scipy scikit-learn hydra-core wandb "
-    "mamba-ssm causal-conv1d"
-).split()
+    "permlab", "torch", "torchvision", "lightning", "torchmetrics", "timm", "transformers", "numpy", "scipy",
+    "scikit-learn", "hydra-core", "wandb", "mamba-ssm", "causal-conv1d",
+)
+# fmt: on
 
 
 def collect(*, device: str | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from permlab.assembly import Assembly, assemble, load_weights
+from permlab.callback.finish import ValidateAtEnd
 from permlab.callback.permutation import PermutationLog
 from permlab.callback.preemption import Preemption
 from permlab.callback.progress import Progress
@@ -24,6 +25,7 @@ from permlab.config import build, digest, run_directory
 from permlab.data.module import DataModule
 from permlab.errors import ConfigError, Interrupted
 from permlab.figure.draw import draw_all
+from permlab.provenance import device_name
 from permlab.report import print_report
 from permlab.rundir import (
     clear_run,
@@ -91,7 +93,7 @@ def run_once(config: Config, *, announce: bool = False) -> Summary:
     if is_rank_zero():
         if config["force"]:
             clear_run(run_dir)
-        start_run(run_dir, config)
+        start_run(run_dir, config, device=device_name(config["trainer"]["accelerator"]))
         if announce:
             print(_opening(config, parts), flush=True)
     try:
@@ -127,7 +129,7 @@ def fit_and_test(config: Config, run_dir: Path, parts: Assembly, data: DataModul
     trainer = L.Trainer(
         **_trainer_arguments(config),
         logger=logger,
-        callbacks=_callbacks(run_dir, parts, data),
+        callbacks=_callbacks(config, run_dir, parts, data),
         default_root_dir=run_dir,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -219,18 +221,20 @@ def _trainer_arguments(config: Config) -> dict[str, Any]:
     return arguments
 
 
-def _callbacks(run_dir: Path, parts: Assembly, data: DataModule) -> list[L.Callback]:
+def _callbacks(config: Config, run_dir: Path, parts: Assembly, data: DataModule) -> list[L.Callback]:
     folder = run_dir / "checkpoints"
     common = {"dirpath": folder, "enable_version_counter": False, "save_on_train_epoch_end": False}
     best = ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", save_weights_only=True, **common)
     last = ModelCheckpoint(filename="last", **common)
     grid = (parts.model.height, parts.model.width)
+    display = [Progress()] if config["trainer"].get("enable_progress_bar", True) else []
     return [
+        *display,
         Temperature(),
         ResumeRandomState(),
         PermutationLog(run_dir, grid=grid, mean_image=data.mean_image()),
-        Progress(),
         Preemption(folder / "last.ckpt"),
+        ValidateAtEnd(),
         best,
         last,
     ]

@@ -156,7 +156,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
     """Write arrays of numbers or text, compressed."""
-    _write(path, lambda file: np.savez_compressed(file, **arrays))
+    _write(path, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
 
 
 def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

@@ -16,9 +16,7 @@ import yaml
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from permlab.rundir import MetricsFile, is_done, read_metrics, read_summary, truncate_metrics
-
-__all__ = ["Mirror", "RunLogger", "replay", "truncate_metrics"]
+from permlab.rundir import MetricsFile, is_done, read_metrics, read_summary
 
 STEP = "trainer/global_step"
 # Seconds. Training waits this long for a server that does not answer, and not longer.
@@ -185,7 +183,7 @@ def start_wandb(
     if mode == "online" and not wandb.login(prompt=False, verify=False):
         raise PermissionError("not logged in; run `wandb login` or set WANDB_API_KEY")
     run = wandb.init(
-        mode=mode,
+        mode=mode,  # type: ignore[arg-type]
         dir=run_dir,
         config={**config, "provenance": _provenance(run_dir)},
         name=f"{run_dir.parent.name}/{run_dir.name}",

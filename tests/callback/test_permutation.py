@@ -159,9 +159,9 @@ def test_a_training_that_stops_early_keeps_its_last_state(tmp_path: Path) -> Non
 
 
 def test_a_resumed_training_adds_what_was_missing(tmp_path: Path) -> None:
-    checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="at", every_n_train_steps=8, save_top_k=-1)
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=8, save_top_k=-1)
     fit(tmp_path / "whole", Task(), steps=16, callbacks=[checkpoint], enable_checkpointing=True)
-    fit(tmp_path / "resumed", Task(), steps=16, ckpt_path=tmp_path / "at.ckpt")
+    fit(tmp_path / "resumed", Task(), steps=16, ckpt_path=tmp_path / "step=8.ckpt")
     whole, resumed = read_snapshots(tmp_path / "whole"), read_snapshots(tmp_path / "resumed")
     assert [int(snapshot["step"]) for snapshot in whole] == [0, 4, 8, 12, 16]
     assert [int(snapshot["step"]) for snapshot in resumed] == [12, 16]

@@ -53,8 +53,8 @@ def test_everything_that_is_promised_fits_into_80_columns(accumulate: int) -> No
     output, _ = fit(True, Task(), accumulate_grad_batches=accumulate)
     last = [line for line in re.split(r"[\r\n]|\x1b\[[0-9;?]*[A-Za-z]", output) if "/12" in line][-1]
     assert "12/12" in last
-    assert "loss 1.500" in last
-    assert "val 61.2 %" in last
+    assert "loss 1.5" in last
+    assert "val 61.2%" in last
     assert "temp 0.25" in last
     assert re.search(r"[\d,]+/s", last)
     assert re.search(r"\d:\d\d:\d\d left", last)

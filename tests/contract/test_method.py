@@ -117,6 +117,15 @@ def loss_of(method: Method, items: torch.Tensor, sample: PermutationSample) -> t
     return loss
 
 
+def step(method: Method, loss: torch.Tensor, size: float) -> tuple[torch.Tensor, ...]:
+    """One step down the gradient, which is returned."""
+    gradients = torch.autograd.grad(loss, list(method.parameters()))
+    with torch.no_grad():
+        for parameter, gradient in zip(method.parameters(), gradients, strict=True):
+            parameter -= size * gradient
+    return gradients
+
+
 # What the presets can do
 
 
@@ -127,8 +136,18 @@ def _first_sample(preset: str, seed: int = 0) -> PermutationSample:
 LEARNED = [preset for preset in PRESETS if list(make(preset, 6).parameters())]
 RELAXED = [preset for preset in PRESETS if _first_sample(preset).soft is not None]
 LAWS = [preset for preset in PRESETS if _first_sample(preset).log_prob is not None]
-CHANCE = [preset for preset in PRESETS if not same(_first_sample(preset), _first_sample(preset, seed=1))]
+CHANCE = [
+    preset
+    for preset in PRESETS
+    if any(not same(_first_sample(preset), _first_sample(preset, seed)) for seed in range(9))
+]
 PICTURED = [preset for preset in PRESETS if make(preset, 6).soft_matrix(items_of(6)) is not None]
+# A surrogate may have the hard matrix's values and only a gradient of its own; finite differences cannot see that.
+CONSTANT = [
+    preset
+    for preset in RELAXED
+    if torch.equal(_first_sample(preset).soft, order_to_matrix(_first_sample(preset).order))
+]
 
 
 # A true permutation, exactly at the start
@@ -213,8 +232,8 @@ def test_items_may_be_left_out_unless_they_are_needed(preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_statistics_are_finite_and_in_range(preset):
     method = disturb(make(preset, 6), 1.0)
-    for step in range(4):
-        method.advance(step, 4)
+    for number in range(4):
+        method.advance(number, 4)
         statistics = method.statistics(items_of(3, 6))
         assert {"entropy", "temperature", "kendall", "displacement"} <= statistics.keys()
         assert all(value.ndim == 0 and value.isfinite() for value in statistics.values())
@@ -264,18 +283,14 @@ def test_cold_limit_is_the_hard_matrix_of_the_best_order(preset, seed):
     assert method.entropy(items) < 0.02
 
 
-@pytest.mark.parametrize("preset", LEARNED)
+@pytest.mark.parametrize("preset", [preset for preset in LEARNED if preset not in CONSTANT])
 def test_gradients_agree_with_finite_differences(preset):
     method = disturb(make(preset, 4).double(), 0.2)
     items = items_of(4).double()
     names = [name for name, _ in method.named_parameters()]
 
     def outputs(*parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        sample = functional_call(
-            method, dict(zip(names, parameters, strict=True)), (items,), {"generator": seeded(0)}
-        )
-        if sample.soft is not None and torch.equal(sample.soft, order_to_matrix(sample.order, dtype=torch.float64)):
-            pytest.fail(f"{preset} starts from a matrix of constant value, nothing to differentiate")
+        sample = functional_call(method, dict(zip(names, parameters, strict=True)), (items,), {"generator": seeded(0)})
         return tuple(part for part in (sample.soft, sample.log_prob) if part is not None)
 
     assert torch.autograd.gradcheck(outputs, tuple(method.parameters()))
@@ -402,36 +417,30 @@ def relabelled(preset: str) -> tuple[Method, torch.Tensor, Method, torch.Tensor]
     return first.double(), items, second.double(), items[:, RELABEL]
 
 
-def assert_relabelled(first: Method, items: torch.Tensor, second: Method, items_again: torch.Tensor) -> None:
+def assert_relabelled(
+    preset: str, first: Method, items: torch.Tensor, second: Method, items_again: torch.Tensor
+) -> None:
     assert torch.equal(invert(RELABEL)[first.best(items)], second.best(items_again))
-    soft = second.soft_matrix(items_again)
-    if soft is not None and second.entropy(items_again) < 1 and not _drawn(second):
-        torch.testing.assert_close(first.soft_matrix(items)[..., RELABEL], soft, rtol=1e-4, atol=1e-5)
-
-
-def _drawn(method: Method) -> bool:
-    """Whether the picture is made of draws, whose noise belongs to item numbers."""
-    return method(items_of(5, 6), generator=seeded(0)).estimator == "score_function"
+    # The picture of a law is made of draws, whose noise belongs to item numbers.
+    if preset in PICTURED and preset not in LAWS:
+        torch.testing.assert_close(first.soft_matrix(items)[..., RELABEL], second.soft_matrix(items_again))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_relabelled_items_start_relabelled(preset):
-    assert_relabelled(*relabelled(preset))
+    assert_relabelled(preset, *relabelled(preset))
 
 
-@pytest.mark.parametrize("preset", [preset for preset in LEARNED if preset not in CHANCE])
+@pytest.mark.parametrize("preset", [name for name in LEARNED if name in PICTURED and name not in CHANCE])
 def test_training_commutes_with_relabelling(preset):
     first, items, second, items_again = relabelled(preset)
     first.temperature = second.temperature = 1.0
     untrained = first.soft_matrix(items)
     for method, x in ((first, items), (second, items_again)):
-        optimizer = torch.optim.SGD(method.parameters(), lr=0.3)
         for _ in range(5):
-            optimizer.zero_grad()
-            loss_of(method, x, method(x)).backward()
-            optimizer.step()
+            step(method, loss_of(method, x, method(x)), size=0.3)
     assert not torch.allclose(first.soft_matrix(items), untrained, atol=1e-3)
-    assert_relabelled(first, items, second, items_again)
+    assert_relabelled(preset, first, items, second, items_again)
 
 
 @pytest.mark.parametrize("preset", CHANCE)
@@ -460,9 +469,9 @@ def test_training_improves_the_order(preset):
     method = make(preset, 6, **({"lr": 0.05} if "lr" in settings_of(preset) else {}))
     begin = (weight * items[method.best(items)]).sum()
     optimizer = torch.optim.Adam(method.parameters(), lr=method.lr)
-    for step in range(150):
-        method.advance(step, 150)
-        sample = method(items, generator=seeded(step))
+    for number in range(150):
+        method.advance(number, 150)
+        sample = method(items, generator=seeded(number))
         if sample.estimator == "none":
             continue
         each = (weight * permute(items, sample)).sum((-2, -1))
@@ -508,17 +517,13 @@ def trace(preset: str, changes: dict[str, Any]) -> list[Any]:
     method = make(preset, 6, **changes).double()
     items = items_of(5, 6).double()
     seen: list[Any] = [method.lr]
-    for step in range(12):
-        method.advance(step, 12)
-        sample = method(items, generator=seeded(step))
+    for number in range(12):
+        method.advance(number, 12)
+        sample = method(items, generator=seeded(number))
         loss = loss_of(method, items, sample)
         seen += [method.phase, method.temperature, sample.order, sample.soft, sample.log_prob, loss.detach()]
         if loss.requires_grad:
-            gradients = torch.autograd.grad(loss, list(method.parameters()))
-            seen += gradients
-            with torch.no_grad():
-                for parameter, gradient in zip(method.parameters(), gradients, strict=True):
-                    parameter -= 0.1 * gradient
+            seen += step(method, loss, size=0.1)
     return [(tuple(value.shape), value.flatten().tolist()) if torch.is_tensor(value) else value for value in seen]
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from permlab.figure import draw_all
-from permlab.figure.draw import read_snapshots
+from permlab.figure.draw import FIGURES, read_snapshots
 from permlab.figure.order import order_figure
 from permlab.rundir import MetricsFile, start_run, write_npz
 
@@ -66,13 +66,13 @@ def test_the_picked_order_is_drawn_where_there_is_one(run_dir: Path, monkeypatch
         return order_figure(start, order, **options)
 
     monkeypatch.setattr("permlab.figure.order.order_figure", spy)
-    draw_all(run_dir)
+    FIGURES["order"](run_dir)
     (run_dir / "arrays" / "order.npz").unlink()
-    draw_all(run_dir)
+    FIGURES["order"](run_dir)
     own_orders = np.stack([np.arange(6), np.arange(6)[::-1]])
     write_npz(run_dir / "arrays" / "order.npz", order=np.arange(6))
     write_npz(run_dir / "arrays" / "step=0000200.npz", step=np.array(200), order=own_orders)
-    draw_all(run_dir)
+    FIGURES["order"](run_dir)
     assert drawn[0].tolist() == [5, 4, 3, 2, 1, 0]
     assert drawn[1].tolist() == read_snapshots(run_dir)[1]["order"].tolist()
     assert drawn[2].tolist() == own_orders.tolist()

@@ -14,14 +14,23 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from runs import train
 
 FILE = Path(__file__).with_name("losses.json")
-CASES = [f"{model}-{method}" for model in ("vit_nano", "vim_nano", "llama_nano") for method in ("sort_ste", "sinkhorn", "reorder")]
+CASES = [
+    f"{model}-{method}"
+    for model in ("vit_nano", "vim_nano", "llama_nano")
+    for method in ("sort_ste", "sinkhorn", "reorder")
+]
 # Relative; other processors round differently, and twenty steps amplify that.
 TOLERANCE = 2e-3
 
 
 def losses(case: str, runs: Path) -> list[float]:
     model, method = case.split("-")
-    options = ("trainer.log_every_n_steps=1", "task.control=false", "model.patch_size=2", "trainer.val_check_interval=20")
+    options = (
+        "trainer.log_every_n_steps=1",
+        "task.control=false",
+        "model.patch_size=2",
+        "trainer.val_check_interval=20",
+    )
     result = train(runs, f"model={model}", f"method={method}", *options, steps=20)
     assert result.code == 0, result.err
     return [line["train/loss"] for line in result.metrics]

@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.stats import kendalltau
 
-from permlab.method.base import Method
+from permlab.method.base import Method, falling_scores
 from permlab.permutation import PermutationSample, Site
 
 
@@ -111,3 +111,12 @@ def test_sorting_by_score_keeps_the_start_on_ties(num_groups):
     group = np.arange(6) // (6 // num_groups)
     expected = [np.lexsort((rank, -row, group)) for row in scores.numpy()]
     assert method.sort_by_score(scores).tolist() == np.stack(expected).tolist()
+
+
+def test_falling_scores_run_along_the_order_of_each_group():
+    scores = falling_scores(site_of([2, 0, 1, 4, 5, 3], 2), 0.0, -1.0)
+    assert scores[[2, 0, 1]].tolist() == [0.0, -0.5, -1.0]
+    assert scores[[4, 5, 3]].tolist() == [0.0, -0.5, -1.0]
+    for order in (torch.randperm(8192), torch.tensor([0])):
+        site = Site(name="site", order=order)
+        assert torch.equal(falling_scores(site, 1.0, -1.0).argsort(descending=True), order)

@@ -90,21 +90,9 @@ def test_groups_are_independent_laws():
     logits = method.scores().detach()
     sample = method()
     for order, log_prob in zip(sample.order[:, 0], sample.log_prob[:, 0].detach(), strict=True):
-        first, second = order[:3].tolist(), order[3:].tolist()
-        expected = probability(logits, first, 0.5).log() + probability(logits, second, 0.5).log()
-        assert log_prob.item() == pytest.approx(expected.item() - _other_group(logits, first, second), abs=1e-5)
-
-
-def _other_group(logits, first, second):
-    """`probability` divides by the weight of all items; what a group's own denominators differ by."""
-    total = 0.0
-    for own in (first, second):
-        left, mine = (logits / 0.5).exp().sum(), (logits[own] / 0.5).exp().sum()
-        for item in own:
-            total += (mine / left).log().item()
-            weight = (logits[item] / 0.5).exp()
-            left, mine = left - weight, mine - weight
-    return total
+        first = probability(logits[:3], order[:3].tolist(), 0.5)
+        second = probability(logits[3:], (order[3:] - 3).tolist(), 0.5)
+        torch.testing.assert_close(log_prob, (first * second).log())
 
 
 def test_leave_one_out_by_hand():
@@ -157,14 +145,14 @@ def test_gradient_is_that_of_the_expected_reward(baseline):
     reward = dict(zip(itertools.permutations(range(3)), [0.0, 1.0, 3.0, -1.0, 0.5, 2.0], strict=True))
     method = reorder_of(num_samples=40000, baseline=baseline)
     expected = exact_gradient(method.logits, 0.5, reward)
-    torch.testing.assert_close(estimated_gradient(method, reward), expected, atol=0.05, rtol=0)
+    torch.testing.assert_close(estimated_gradient(method, reward), expected, atol=0.04, rtol=0)
 
 
 def test_gradient_without_the_temperature_is_biased():
     reward = dict(zip(itertools.permutations(range(3)), [0.0, 1.0, 3.0, -1.0, 0.5, 2.0], strict=True))
     method = reorder_of(num_samples=40000, temperature_in_log_prob=False)
     expected = exact_gradient(method.logits, 0.5, reward)
-    assert (estimated_gradient(method, reward) - expected).abs().max() > 0.2
+    assert (estimated_gradient(method, reward) - expected).abs().max() > 0.1
 
 
 def test_entropy_and_soft_matrix_of_the_law():

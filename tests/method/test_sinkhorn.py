@@ -34,7 +34,7 @@ def test_the_table_starts_near_the_matrix_of_the_start():
     order = [3, 0, 4, 1, 2]
     method = sinkhorn_of(order, start_scale=2.0, jitter=0.05)
     distance = (method.table.detach()[0] - 2 * order_to_matrix(torch.tensor(order))).abs()
-    assert 0 < distance.min()
+    assert distance.min() > 0
     assert distance.max() <= 0.05
 
 
@@ -65,11 +65,12 @@ def test_the_best_order_is_the_best_assignment(num_groups):
 
 
 def test_order_and_soft_matrix_come_from_the_same_noisy_table():
-    method = sinkhorn_of([1, 2, 3, 0], noise=1.0, num_iters=2000, temperature=0.01)
+    """Diagonal scalings cancel from a soft matrix's logarithm, and no scaling changes the best assignment."""
+    method = sinkhorn_of([1, 2, 3, 0], noise=1.0, temperature=1.0)
     seen = set()
-    for _ in range(20):
+    for _ in range(50):
         sample = method()
-        assert (sample.soft - order_to_matrix(sample.order)).abs().max() < 0.05
+        assert sample.order.tolist() == linear_sum_assignment(-sample.soft.detach().log().numpy())[1].tolist()
         seen.add(tuple(sample.order.tolist()))
     assert len(seen) > 3
     assert method.best().tolist() == [1, 2, 3, 0]
@@ -80,19 +81,17 @@ def test_noise_is_gumbel():
     assert kstest(noise.numpy(), gumbel_r.cdf).pvalue > 1e-3
 
 
-def test_the_scale_of_the_noise():
-    method = sinkhorn_of([0], noise=0.5, num_iters=1)
-    difference = []
-    for seed in range(3):
-        draws = [sinkhorn_of([1, 0], noise=noise, num_iters=1, jitter=0.0) for noise in (0.0, 0.5)]
-        logits = [draw(generator=torch.Generator().manual_seed(seed)).soft.detach().log() for draw in draws]
-        # A 2 x 2 matrix knows its table only through the cross difference.
-        cross = [0.3 * (m[0, 0] + m[1, 1] - m[0, 1] - m[1, 0]) for m in logits]
-        noise = _gumbel_like(torch.zeros(2, 2), torch.Generator().manual_seed(seed))
-        expected = 0.5 * (noise[0, 0] + noise[1, 1] - noise[0, 1] - noise[1, 0])
-        difference.append((cross[1] - cross[0] - expected).abs().item())
-    assert max(difference) < 1e-4
-    assert method().soft.item() == 1
+@pytest.mark.parametrize("seed", range(3))
+def test_the_scale_of_the_noise(seed):
+    """A 2 x 2 soft matrix knows its table through one number, the cross difference, which noise shifts."""
+
+    def cross(table):
+        return table[0, 0] + table[1, 1] - table[0, 1] - table[1, 0]
+
+    method = sinkhorn_of([1, 0], noise=0.5)
+    soft = method(generator=torch.Generator().manual_seed(seed)).soft
+    noise = _gumbel_like(torch.zeros(2, 2), torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(0.3 * cross(soft.log()), cross(method.table[0] + 0.5 * noise))
 
 
 def test_straight_through_gradient_is_that_of_the_dense_relaxation():

@@ -34,7 +34,7 @@ def set_scores(method, values):
 def test_soft_matrix_by_the_published_formula(power):
     scores = np.array([0.3, -0.2, 0.9, 0.1])
     method = set_scores(sort_of(power=power), scores)
-    logits = -np.abs(np.sort(scores)[::-1][:, None] - scores[None]) ** power / 0.3
+    logits = -(np.abs(np.sort(scores)[::-1][:, None] - scores[None]) ** power) / 0.3
     expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     np.testing.assert_allclose(method().soft.detach(), expected, rtol=1e-5)
 
@@ -53,7 +53,7 @@ def test_straight_through_gradient_is_that_of_the_dense_surrogate():
     assert torch.equal(y, x[:, [2, 0, 3, 1]])
     (weight * y).sum().backward()
     scores = method.scorer.vector.detach().clone().requires_grad_()
-    dense = (-(scores.sort(descending=True).values[:, None] - scores[None]) ** 2 / 0.3).softmax(-1)
+    dense = (-((scores.sort(descending=True).values[:, None] - scores[None]) ** 2) / 0.3).softmax(-1)
     (weight * (dense @ x)).sum().backward()
     torch.testing.assert_close(method.scorer.vector.grad, scores.grad)
 

@@ -205,6 +205,14 @@ def test_bfloat16(position):
     torch.testing.assert_close(result.float(), expected, atol=0.05, rtol=0.05)
 
 
+def test_a_cast_to_bfloat16_leaves_the_angles_of_late_slots_alone():
+    model = llama(TEXT, width=64)
+    late = torch.tensor([[4000]])
+    expected = model.network.rotary_emb(torch.zeros(1), late)
+    for half, single in zip(model.bfloat16().network.rotary_emb(torch.zeros(1), late), expected, strict=True):
+        torch.testing.assert_close(half, single, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("spec", [IMAGES, TEXT])
 def test_the_seed_fixes_the_weights(spec):
     states = []

@@ -135,3 +135,9 @@ def test_memories_and_positions_are_left_out_of_weight_decay():
 def test_a_reversed_range_is_refused():
     with pytest.raises(ValueError, match=r"dt_min 1.0 exceeds dt_max 0.0"):
         probe(dt_min=1.0, dt_max=0.0)
+
+
+def test_a_single_state_is_refused_since_its_norm_is_constant():
+    with pytest.raises(ValueError, match="num_states=1: the layer norm"):
+        probe(num_states=1)
+    assert probe(num_states=1, direction="bidirectional")(torch.rand(1, 2, 4, 6)).shape == (1, 5)

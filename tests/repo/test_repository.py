@@ -11,7 +11,9 @@ FILES = [
     ROOT / name
     for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
 ] or [path for path in ROOT.rglob("*") if path.is_file() and not {".git", ".venv", "runs"} & set(path.parts)]
-TEXTS = [path for path in FILES if path.is_file() and path.suffix in {".py", ".yaml", ".md", ".toml", ".lock", ".txt", ""}]
+TEXTS = [
+    path for path in FILES if path.is_file() and path.suffix in {".py", ".yaml", ".md", ".toml", ".lock", ".txt", ""}
+]
 
 
 def matches(pattern: str, paths: list[Path]) -> list[str]:
@@ -49,7 +51,9 @@ def test_vocabulary() -> None:
     assert matches(r"\btau\b\s*[:=]|\bperm\b\s*[:=]|\bnum_?(iter|step|sample|head)\b\s*[:=]", sources) == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "conf").glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "conf").glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
 def test_every_configuration_file_starts_with_its_help_line(path: Path) -> None:
     first = path.read_text().splitlines()[0]
     assert re.match(r"# \S.{15,}", first)

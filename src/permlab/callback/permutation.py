@@ -25,7 +25,7 @@ class PermutationLog(L.Callback):
     `arrays/step=<steps behind it>.npz` the order, and scores and soft matrix where the method
     has them: at the start, at evenly spaced steps and at the end. Where every image has its own
     order, a snapshot holds the first orders of a batch and the batch's mean scores and soft
-    matrix.
+    matrix (and a training that stops before its last step has none of the end).
 
     Nothing here draws random numbers, so a run is the same with and without it.
 
@@ -44,24 +44,20 @@ class PermutationLog(L.Callback):
         self._last_step = 0
         self._num_steps = math.inf
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._last_step, self._num_steps = trainer.global_step, trainer.estimated_stepping_batches
         self._write_grid(pl_module.method.start_order)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == 0 and batch_idx == 0:
             self._write_snapshot(pl_module, 0, _items(pl_module, batch))
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if step == self._last_step:
             return  # gradients are being accumulated
         self._last_step = step
-        wants_statistics = step % trainer.log_every_n_steps == 0
+        wants_statistics = step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         wants_snapshot = step == self._num_steps or step % self._interval() == 0
         if not (wants_statistics or wants_snapshot):
             return
@@ -71,7 +67,7 @@ class PermutationLog(L.Callback):
         if wants_snapshot:
             self._write_snapshot(pl_module, step, items)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         stopped_early = not self._path(trainer.global_step).is_file()
         if stopped_early and not _needs_items(pl_module):
             self._write_snapshot(pl_module, trainer.global_step, None)
@@ -97,7 +93,7 @@ class PermutationLog(L.Callback):
 
     @rank_zero_only
     @torch.no_grad()
-    def _write_snapshot(self, pl_module: L.LightningModule, step: int, items: Tensor | None) -> None:
+    def _write_snapshot(self, pl_module: Any, step: int, items: Tensor | None) -> None:
         method = pl_module.method
         order = method.best(items)
         arrays = {"step": np.array(step), "order": order.flatten(0, -2)[:MAX_ORDERS] if order.ndim > 1 else order}
@@ -110,12 +106,12 @@ class PermutationLog(L.Callback):
         write_npz(self._path(step), **{name: _numpy(value) for name, value in arrays.items()})
 
 
-def _needs_items(pl_module: L.LightningModule) -> bool:
-    return bool(getattr(pl_module.method, "needs_items", False))
+def _needs_items(pl_module: Any) -> bool:
+    return pl_module.method.needs_items
 
 
 @torch.no_grad()
-def _items(pl_module: L.LightningModule, batch: Any) -> Tensor | None:
+def _items(pl_module: Any, batch: Any) -> Tensor | None:
     """Items of the batch where the order depends on them, embedded without dropout."""
     if not _needs_items(pl_module):
         return None

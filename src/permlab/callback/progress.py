@@ -6,7 +6,9 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Column
 from torch import Tensor
 
 
@@ -38,12 +40,20 @@ class Progress(ProgressBar):
     def enable(self) -> None:
         self._enabled = self._console.is_terminal
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not self._enabled:
             return
-        # Everything has to fit into the usual 80 columns.
-        columns = [BarColumn(bar_width=8), MofNCompleteColumn(), TextColumn("{task.fields[text]}")]
-        self._bar = Bar(*columns, TimeRemainingColumn(), TextColumn("left"), console=self._console, auto_refresh=False)
+        # The texts fit into the usual 80 columns; the bar takes what they leave.
+        self._bar = Bar(
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("left"),
+            console=self._console,
+            auto_refresh=False,
+            expand=True,
+        )
         steps = trainer.estimated_stepping_batches
         total = steps if steps != float("inf") else None
         self._bar.add_task("train", total=total, completed=trainer.global_step, text="")
@@ -51,9 +61,7 @@ class Progress(ProgressBar):
         self._drawn_at = self._resumed_at = time.monotonic()
         self._bar.start()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._bar is None:
             return
         self._num_samples += _batch_size(batch) * trainer.world_size
@@ -62,35 +70,35 @@ class Progress(ProgressBar):
             return
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
-            self._texts["loss"] = f"loss {loss.item() * trainer.accumulate_grad_batches:.3f}"
+            self._texts["loss"] = f"loss {loss.item() * trainer.accumulate_grad_batches:.4g}"
         self._texts["temperature"] = f"temp {pl_module.method.temperature:.2g}"
         self._texts["speed"] = f"{self._num_samples / (now - self._resumed_at):,.0f}/s"
         self._draw(trainer)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._paused_at = time.monotonic()
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self._bar is None:
             return
         # Time spent on validation does not count against the speed of training.
         self._resumed_at += time.monotonic() - self._paused_at
         if "val/accuracy" in trainer.callback_metrics:
-            self._texts["accuracy"] = f"val {100 * trainer.callback_metrics['val/accuracy'].item():.1f} %"
+            self._texts["accuracy"] = f"val {100 * trainer.callback_metrics['val/accuracy'].item():.1f}%"
         self._draw(trainer)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self._bar is not None:
             self._draw(trainer)
         self._stop()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         self._stop()
 
     def _draw(self, trainer: L.Trainer) -> None:
         assert self._bar is not None
-        order = ("loss", "accuracy", "temperature", "speed")
-        text = "  ".join(self._texts[name] for name in order if name in self._texts)
+        names = ("loss", "accuracy", "temperature", "speed")
+        text = "  ".join(self._texts[name] for name in names if name in self._texts)
         self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, text=text)
         self._bar.refresh()
         self._drawn_at = time.monotonic()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from permlab.figure.style import new_figure
+from permlab.figure.style import PALETTE, new_figure
 
 MAX_NUMBERED = 20
 
@@ -42,8 +42,8 @@ def confusion_figure(counts: np.ndarray, names: Sequence[str] | None = None) -> 
                 left.text(column, row, str(int(count)), ha="center", va="center", fontsize=9, color=colour)
     figure.colorbar(image, ax=left, shrink=0.7, label="% of the true class")
 
-    right.barh(np.arange(num_classes), 100 * np.diag(shares), color="#0072B2")
-    right.axvline(100 * accuracy, color="#D55E00", linestyle="--", linewidth=1.2, label="all classes")
+    right.barh(np.arange(num_classes), 100 * np.diag(shares), color=PALETTE[0])
+    right.axvline(100 * accuracy, color=PALETTE[1], linestyle="--", linewidth=1.2, label="all classes")
     right.set(xlim=(0, 100), ylim=(num_classes - 0.5, -0.5), xlabel="accuracy, %", title="per class")
     right.set_yticks(ticks, [labels[tick] for tick in ticks])
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1))

@@ -9,7 +9,7 @@ from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from permlab.figure.style import SEQUENTIAL, new_figure
+from permlab.figure.style import PALETTE, SEQUENTIAL, new_figure
 
 MAX_PANELS = 6
 
@@ -78,15 +78,15 @@ def _background(axes: Axes, grid: tuple[int, int], mean_image: np.ndarray | None
 def _draw_path(axes: Axes, order: np.ndarray, grid: tuple[int, int], norm: Normalize) -> None:
     rows, columns = np.divmod(order, grid[1])
     points = np.stack([columns, rows], axis=-1).astype(float)
-    segments = np.stack([points[:-1], points[1:]], axis=1)
+    segments = list(np.stack([points[:-1], points[1:]], axis=1))
     # A white line underneath keeps the path visible on any background.
     axes.add_collection(LineCollection(segments, colors="white", linewidths=3.4, capstyle="round"))
     line = LineCollection(segments, cmap=SEQUENTIAL, norm=norm, linewidths=2, capstyle="round")
     line.set_array(np.arange(len(segments)) + 0.5)
     axes.add_collection(line)
     for point, marker, label in ((points[0], "o", "start"), (points[-1], "s", "end")):
-        style = {"markersize": 11, "markerfacecolor": "#D55E00", "markeredgecolor": "white", "markeredgewidth": 1.5}
-        axes.plot(*point, marker, label=label, linestyle="none", zorder=3, **style)
+        (drawn,) = axes.plot(*point, marker, label=label, linestyle="none", zorder=3)
+        drawn.set(markersize=11, markerfacecolor=PALETTE[1], markeredgecolor="white", markeredgewidth=1.5)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2, handletextpad=0.2)
 
 

@@ -17,6 +17,20 @@ Phase = Literal["warmup", "active", "frozen"]
 MAX_SCORE = 1e4
 
 
+def falling_scores(site: Site, first: float, last: float) -> Float[Tensor, " n"]:
+    """Score per item, equally spaced from `first` down to `last` along the starting order of each group.
+
+    Sorting them in descending order gives the starting order back (not its inverse).
+
+    Example:
+        >>> falling_scores(Site(name="patches", order=torch.tensor([2, 0, 1])), 1.0, -1.0)
+        tensor([ 0., -1.,  1.])
+    """
+    size = site.num_items // site.num_groups
+    falling = torch.linspace(first, last, size, device=site.order.device).repeat(site.num_groups)
+    return torch.empty_like(falling).scatter_(0, site.order, falling)
+
+
 class Method(nn.Module):
     """Produces a permutation for one site.
 

@@ -34,6 +34,7 @@ class NeuralSort(ScoreMethod):
         largest entry of each row, so that ties still give a permutation.
     Cost: O(n^2) time and memory.
     Example:
+        >>> import torch
         >>> site = Site(name="patches", order=torch.tensor([2, 0, 1]))
         >>> options = dict(lr=0.01, warmup_fraction=0.0, freeze_fraction=0.3, scorer="vector", width=1)
         >>> NeuralSort(site, temperature=3.0, estimator="straight_through", **options)().order

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from permlab.method.base import MAX_SCORE, Method
+from permlab.method.base import MAX_SCORE, Method, falling_scores
 from permlab.ops import plackett_luce
 from permlab.option import Fraction, PositiveFloat, PositiveInt, Temperature
 from permlab.permutation import PermutationSample, Site
@@ -91,9 +91,7 @@ class Reorder(Method):
         self.leave_one_out = baseline == "leave_one_out"
         self.baseline_momentum = baseline_momentum
         self.temperature_in_log_prob = temperature_in_log_prob
-        falling = torch.linspace(0.0, -spread, self.group_size, device=site.order.device)
-        start = falling.repeat(site.num_groups)
-        self.logits = nn.Parameter(torch.empty_like(start).scatter_(0, site.order, start))
+        self.logits = nn.Parameter(falling_scores(site, 0.0, -spread))
         self.register_buffer("baseline", torch.zeros((), device=site.order.device))
         self.register_buffer("baseline_started", torch.zeros((), dtype=torch.bool, device=site.order.device))
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from permlab.method.base import MAX_SCORE, Method
+from permlab.method.base import MAX_SCORE, Method, falling_scores
 from permlab.permutation import PermutationSample, Site
 
 
@@ -37,9 +37,7 @@ class Scorer(nn.Module):
 
     def __init__(self, site: Site, *, kind: Literal["vector", "linear", "mlp"], width: int) -> None:
         super().__init__()
-        size = site.num_items // site.num_groups
-        falling = torch.linspace(1.0, -1.0, size).repeat(site.num_groups)
-        start = torch.empty_like(falling).scatter_(0, site.order.cpu(), falling).to(site.order.device)
+        start = falling_scores(site, 1.0, -1.0)
         self.kind = kind
         self.num_features = site.num_features
         if kind == "vector":
@@ -95,7 +93,6 @@ class ScoreMethod(Method):
         )
         self.estimator: Literal["relaxed", "straight_through"] = estimator
         self.scorer = Scorer(site, kind=scorer, width=width)
-        self.needs_items = scorer != "vector"
         self.needs_items = scorer != "vector"
 
     def relax(self, scores: Float[Tensor, "*b g m"]) -> Float[Tensor, "*b g m m"]:

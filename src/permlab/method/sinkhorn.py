@@ -103,9 +103,7 @@ class Sinkhorn(Method):
         return self.merge_orders(assign(table.detach()))
 
     def _relax(self, table: Float[Tensor, "g m m"]) -> Float[Tensor, "n n"]:
-        return self.merge_matrices(
-            sinkhorn(table, temperature=self.temperature, num_iters=self.num_iters)
-        )
+        return self.merge_matrices(sinkhorn(table, temperature=self.temperature, num_iters=self.num_iters))
 
 
 def _gumbel_like(table: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -50,9 +50,9 @@ class Sort(ScoreMethod):
         >>> options = dict(lr=0.01, warmup_fraction=0.0, freeze_fraction=0.3, scorer="vector", width=1)
         >>> method = Sort(site, temperature=0.3, estimator="relaxed", surrogate="softmax", power=2.0, **options)
         >>> method().soft.detach().round(decimals=2)
-        tensor([[0.0300, 0.0000, 0.9600],
+        tensor([[0.0300, 0.0000, 0.9700],
                 [0.9300, 0.0300, 0.0300],
-                [0.0300, 0.9600, 0.0000]])
+                [0.0300, 0.9700, 0.0000]])
     """
 
     def __init__(

@@ -1,11 +1,13 @@
 """LLaMA, from transformers: a causal transformer over patches or tokens."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from permlab.data.spec import DataSpec
 from permlab.model.base import Backbone, free_of_decay, patchify
@@ -77,38 +79,30 @@ class Llama(Backbone):
         tie_embeddings: bool,
     ) -> None:
         super().__init__()
-        if width % num_heads:
-            raise ValueError(f"num_heads={num_heads} does not divide width={width}")
-        if num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}")
-        if width // num_heads % 2:
-            raise ValueError(f"an odd head width of {width // num_heads} cannot be rotated")
-        if rope_factor < 1:
-            raise ValueError(f"rope_factor={rope_factor} is below 1")
+        _check_heads(width, num_heads, num_kv_heads)
         self.set_grid(spec, patch_size)
         self.kind, self.patch_size, self.num_features = spec.kind, patch_size, width
         self.position, self.readout = position, readout
-        self.network = LlamaModel(
-            LlamaConfig(
-                vocab_size=1,
-                hidden_size=width,
-                num_hidden_layers=depth,
-                num_attention_heads=num_heads,
-                num_key_value_heads=num_kv_heads,
-                intermediate_size=mlp_width,
-                rms_norm_eps=norm_eps,
-                rope_parameters=_rope_parameters(rope_theta, rope_factor),
-                max_position_embeddings=_MAX_SLOTS,
-                bos_token_id=None,
-                eos_token_id=None,
-                use_cache=False,
-                attn_implementation="sdpa",  # type: ignore[call-arg]
-            )
+        config = LlamaConfig(
+            vocab_size=1,
+            hidden_size=width,
+            num_hidden_layers=depth,
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_kv_heads,
+            intermediate_size=mlp_width,
+            rms_norm_eps=norm_eps,
+            rope_parameters=_rope_parameters(rope_theta, rope_factor),
+            max_position_embeddings=_MAX_SLOTS,
+            bos_token_id=None,
+            eos_token_id=None,
+            use_cache=False,
+            attn_implementation="sdpa",  # type: ignore[call-arg]
         )
+        self.network = LlamaModel(config)
         # Its own table would get no gradient from patches, and ours has to be the head's where tied.
         self.network.embed_tokens = None  # type: ignore[assignment]
-        if position != "slot":
-            self.network.rotary_emb = _NoRotation(width // num_heads)  # type: ignore[assignment]
+        rotation = _Rotation(config) if position == "slot" else _NoRotation(width // num_heads)
+        self.network.rotary_emb = rotation  # type: ignore[assignment]
         self.position_table = None
         if position == "item":
             self.position_table = free_of_decay(_normal(torch.empty(self.num_items, width)))
@@ -123,8 +117,8 @@ class Llama(Backbone):
             self.head = nn.Linear(self.num_features, spec.num_classes, bias=False)
             self.head.weight = self.embedding.weight if tie_embeddings else _normal(self.head.weight)
         else:
-            # torch's default: with so small weights and no bias, one-pixel patches would differ in sign only
-            # after the first norm.
+            # Weights and biases of torch's default size: from a small embedding without bias the first norm
+            # would leave nothing of a one-pixel patch but its sign.
             self.embedding = nn.Linear(spec.channels * self.patch_size**2, self.num_features)
             self.head = nn.Linear(self.num_features, spec.num_classes)
 
@@ -137,6 +131,20 @@ class Llama(Backbone):
         if self.kind == "text":
             return features
         return features[:, -1] if self.readout == "last" else features.mean(1)
+
+
+class _Rotation(LlamaRotaryEmbedding):
+    """Rotary embedding whose frequencies stay in single precision when the network is cast.
+
+    Rounded to bfloat16 they would be off by a radian after some hundred slots.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Rotation":
+        frequencies = self.inv_freq
+        super()._apply(fn, recurse)
+        if not frequencies.is_meta:
+            self.inv_freq = frequencies.to(self.inv_freq.device)  # type: ignore[assignment]
+        return self
 
 
 class _NoRotation(nn.Module):
@@ -155,7 +163,18 @@ class _NoRotation(nn.Module):
         return x.new_ones(shape), x.new_zeros(shape)
 
 
+def _check_heads(width: int, num_heads: int, num_kv_heads: int) -> None:
+    if width % num_heads:
+        raise ValueError(f"num_heads={num_heads} does not divide width={width}")
+    if width // num_heads % 2:
+        raise ValueError(f"an odd head width of {width // num_heads} cannot be rotated")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}")
+
+
 def _rope_parameters(theta: float, factor: float) -> dict[str, float | int | str]:
+    if factor < 1:
+        raise ValueError(f"rope_factor={factor} is below 1")
     if factor == 1:
         return {"rope_type": "default", "rope_theta": theta}
     return {

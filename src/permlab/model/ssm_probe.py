@@ -31,14 +31,14 @@ class SsmProbe(Backbone):
     Args:
         spec: shape of the images.
         patch_size: side of a patch in pixels.
-        num_states: states per direction.
+        num_states: states per direction, at least 2 in all.
         dt_min: smallest initial dt, the longest memory: at -5 about 150 slots.
         dt_max: largest initial dt, the shortest memory: at 0.5 about one slot.
         position: where a learned position table is added: to the item, to the slot, or nowhere.
         readout: the state after the last slot, or the mean of the states after each slot.
         direction: from the first slot to the last, or also back, with parameters of its own.
     Raises:
-        ValueError: if the patch size does not divide the image, or dt_min exceeds dt_max.
+        ValueError: if the patch size does not divide the image, there is one state only, or dt_min exceeds dt_max.
     Source: SSMProbe, Wang 2026, arXiv:2605.00915.
     Differs from source: a reconstruction of ours from the abstract, neither code nor equations being at
         hand. Real decays, their initial range and the layer norm are our choices, and the items are raw
@@ -67,10 +67,12 @@ class SsmProbe(Backbone):
         super().__init__()
         if dt_min > dt_max:
             raise ValueError(f"dt_min {dt_min} exceeds dt_max {dt_max}")
+        num_directions = 2 if direction == "bidirectional" else 1
+        if num_directions * num_states < 2:
+            raise ValueError(f"num_states={num_states}: the layer norm over one state alone is constant")
         self.set_grid(spec, patch_size)
         self.num_features = spec.channels * patch_size**2
         self.patch_size, self.position, self.readout = patch_size, position, readout
-        num_directions = 2 if direction == "bidirectional" else 1
         dt = torch.linspace(dt_min, dt_max, num_states).repeat(num_directions, 1)
         self.dt = free_of_decay(nn.Parameter(dt))
         weight = torch.randn(num_directions, num_states, self.num_features)

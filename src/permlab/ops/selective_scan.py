@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -78,18 +77,11 @@ def selective_scan(
     chosen = _choose(backend, list(present.values()))
     if chosen == "cuda":
         return _scan_cuda(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    D, delta_bias = (u.new_zeros(u.shape[1]) if x is None else x for x in (D, delta_bias))
     dtype = torch.promote_types(u.dtype, torch.float32)
-    delta = delta.to(dtype)
-    if delta_bias is not None:
-        delta = delta + delta_bias.to(dtype).unsqueeze(-1)
-    if delta_softplus:
-        delta = F.softplus(delta)
-    direct = u.new_zeros(u.shape[1]) if D is None else D
+    inputs = (None if x is None else x.to(dtype) for x in (u, delta, A, B, C, D, z, delta_bias))
     scan = _scan_numba if chosen == "numba" else _scan_torch
-    y = scan(u.to(dtype), delta, A.to(dtype), B.to(dtype), C.to(dtype), direct.to(dtype))
-    if z is not None:
-        y = y * F.silu(z.to(dtype))
-    return y.to(u.dtype)
+    return scan(*inputs, delta_softplus).to(u.dtype)
 
 
 def _check_tensors(tensors: dict[str, Tensor]) -> None:
@@ -138,6 +130,24 @@ def _numba_refusal(tensors: Sequence[Tensor]) -> str | None:
     return None
 
 
+class _NumbaScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, delta_softplus: bool, *inputs: Tensor) -> Tensor:  # type: ignore[override]
+        num_tokens, num_states = inputs[0].shape[-1], inputs[2].shape[-1]
+        # At most sqrt(l) checkpoints, and never many more numbers than u has.
+        ctx.stride = min(num_tokens, max(num_states, math.isqrt(num_tokens)))
+        ctx.delta_softplus = delta_softplus
+        y, checkpoints = _forward_numba(inputs, delta_softplus, ctx.stride, keep=True)
+        ctx.save_for_backward(*inputs, checkpoints)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *inputs, checkpoints = ctx.saved_tensors
+        return None, *_backward_numba(inputs, ctx.delta_softplus, checkpoints, ctx.stride, grad)
+
+
 def _scan_numba(
     u: Float[Tensor, "b d l"],
     delta: Float[Tensor, "b d l"],
@@ -145,93 +155,57 @@ def _scan_numba(
     B: Float[Tensor, "b s l"],
     C: Float[Tensor, "b s l"],
     D: Float[Tensor, " d"],
+    z: Float[Tensor, "b d l"] | None,
+    delta_bias: Float[Tensor, " d"],
+    delta_softplus: bool,
 ) -> Float[Tensor, "b d l"]:
-    inputs = (u, delta, A, B, C, D)
+    inputs = (u, delta, A, B, C, D, u.new_empty(0, 0, 0) if z is None else z, delta_bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        return _NumbaScan.apply(*inputs)
-    return _forward_numba(inputs, stride=0)[0]
+        return _NumbaScan.apply(delta_softplus, *inputs)
+    return _forward_numba(inputs, delta_softplus, stride=min(u.shape[-1], 16), keep=False)[0]
 
 
-class _NumbaScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs: Tensor) -> Tensor:  # type: ignore[override]
-        num_tokens, num_states = inputs[0].shape[-1], inputs[2].shape[-1]
-        # At most sqrt(l) checkpoints, and never more than the input has elements.
-        ctx.stride = min(num_tokens, max(num_states, math.isqrt(num_tokens)))
-        y, checkpoints = _forward_numba(inputs, ctx.stride)
-        ctx.save_for_backward(*inputs, checkpoints)
-        return y
+def _forward_numba(inputs: Sequence[Tensor], softplus: bool, stride: int, keep: bool) -> tuple[Tensor, Tensor]:
+    """The result, and every `stride`-th state if those are to be kept."""
+    from permlab.ops.selective_scan_kernel import LANES, compiled
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        *inputs, checkpoints = ctx.saved_tensors
-        return _backward_numba(inputs, checkpoints, ctx.stride, grad)
-
-
-def _forward_numba(inputs: Sequence[Tensor], stride: int) -> tuple[Tensor, Tensor]:
-    """The result and every `stride`-th state, none if the stride is 0."""
-    from permlab.ops.selective_scan_kernel import forward
-
-    arrays = _kernel_arrays(inputs)
-    b, length, num_groups, lanes = arrays[0].shape
-    num_states = inputs[2].shape[-1]
-    num_checkpoints = -(-length // stride) if stride else 0
-    y = np.empty_like(arrays[0])
-    checkpoints = np.empty((b, num_groups, num_checkpoints, num_states, lanes), y.dtype)
-    _run_tasks(forward, b * num_groups, y.size * num_states, *arrays, y, checkpoints, max(stride, 1))
-    return _channels(y, inputs[0]), torch.from_numpy(checkpoints)
+    u, num_states = inputs[0], inputs[2].shape[-1]
+    b, num_channels, num_tokens = u.shape
+    num_groups = -(-num_channels // LANES)
+    y = torch.empty_like(u)
+    checkpoints = u.new_empty(b, num_groups, -(-num_tokens // stride) if keep else 0, num_states, LANES)
+    arrays = [tensor.detach().numpy() for tensor in inputs]
+    forward, _ = compiled(arrays[0].dtype)
+    _run_tasks(
+        forward, b * num_groups, u.numel() * num_states, *arrays, softplus, y.numpy(), checkpoints.numpy(), stride
+    )
+    return y, checkpoints
 
 
 def _backward_numba(
-    inputs: Sequence[Tensor], checkpoints: Tensor, stride: int, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from permlab.ops.selective_scan_kernel import backward
+    inputs: Sequence[Tensor], softplus: bool, checkpoints: Tensor, stride: int, grad: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of the eight inputs; the kernel leaves sums over sequences and channel groups to do."""
+    from permlab.ops.selective_scan_kernel import compiled
 
-    arrays = _kernel_arrays(inputs)
-    b, length, num_groups, lanes = arrays[0].shape
-    num_channels, num_states = inputs[2].shape
-    grad_u, grad_delta = np.empty_like(arrays[0]), np.empty_like(arrays[0])
-    grad_A = np.empty((b, num_states, num_groups, lanes), grad_u.dtype)
-    grad_B, grad_C = (np.empty((b, num_groups, length, num_states), grad_u.dtype) for _ in range(2))
-    grad_D = np.empty((b, num_groups, lanes), grad_u.dtype)
-    outputs = (grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D)
-    grad_y = _lanes(grad.transpose(1, 2), lanes)
-    work = grad_u.size * num_states
-    _run_tasks(backward, b * num_groups, work, *arrays, checkpoints.numpy(), stride, grad_y, *outputs)
-    return (
-        _channels(grad_u, inputs[0]),
-        _channels(grad_delta, inputs[0]),
-        torch.from_numpy(grad_A).sum(0).flatten(1)[:, :num_channels].T,
-        torch.from_numpy(grad_B).sum(1).transpose(1, 2),
-        torch.from_numpy(grad_C).sum(1).transpose(1, 2),
-        torch.from_numpy(grad_D).sum(0).flatten()[:num_channels],
-    )
+    u, delta, z = inputs[0], inputs[1], inputs[6]
+    b, num_groups, _, num_states, lanes = checkpoints.shape
+    num_channels, num_tokens = u.shape[1:]
+    grad_u, grad_delta, grad_z = torch.empty_like(u), torch.empty_like(delta), torch.empty_like(z)
+    grad_A = u.new_zeros(b, num_groups, num_states, lanes)
+    grad_B, grad_C = u.new_empty(2, b, num_groups, num_states, num_tokens)
+    grad_D, grad_bias = u.new_zeros(2, b, num_groups, lanes)
+    arrays = [tensor.detach().numpy() for tensor in inputs]
+    results = [t.numpy() for t in (grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias)]
+    _, backward = compiled(arrays[0].dtype)
+    work = u.numel() * num_states
+    _run_tasks(backward, b * num_groups, work, *arrays, softplus, checkpoints.numpy(), stride, grad.numpy(), *results)
+    by_state = grad_A.sum(0).transpose(0, 1).flatten(1)[:, :num_channels]
+    of_D, of_bias = (part.sum(0).flatten()[:num_channels] for part in (grad_D, grad_bias))
+    return grad_u, grad_delta, by_state.T, grad_B.sum(1), grad_C.sum(1), of_D, grad_z, of_bias
 
 
-def _kernel_arrays(inputs: Sequence[Tensor]) -> list[np.ndarray]:
-    """u, delta, A, B, C, D in the kernel's layout, A scaled for powers of two; no copy where it fits already."""
-    from permlab.ops.selective_scan_kernel import LANES, LOG2_E
-
-    u, delta, A, B, C, D = (tensor.detach() for tensor in inputs)
-    in_lanes = [_lanes(tensor, LANES) for tensor in (u.transpose(1, 2), delta.transpose(1, 2), A.T * LOG2_E, D)]
-    coefficients = [tensor.transpose(1, 2).contiguous().numpy() for tensor in (B, C)]
-    return [*in_lanes[:3], *coefficients, in_lanes[3]]
-
-
-def _lanes(tensor: Tensor, lanes: int) -> np.ndarray:
-    """Cut the last axis into groups of `lanes`, zeros after the last channel."""
-    padding = -tensor.shape[-1] % lanes
-    padded = F.pad(tensor, (0, padding)) if padding else tensor
-    return padded.contiguous().unflatten(-1, (-1, lanes)).numpy()
-
-
-def _channels(array: np.ndarray, like: Tensor) -> Tensor:
-    """Inverse of `_lanes` for `[b, l, g, lanes]`, as `[b, d, l]`."""
-    return torch.from_numpy(array).flatten(2)[..., : like.shape[1]].transpose(1, 2)
-
-
-def _run_tasks(kernel: Callable[..., None], num_tasks: int, work: int, *arrays: object) -> None:
+def _run_tasks(kernel: Callable[..., None], num_tasks: int, work: int, *arguments: object) -> None:
     """Run a kernel over all its tasks in as many threads as torch uses; fewer where there is little to do.
 
     The kernel releases the interpreter's lock, so plain threads do; unlike numba's own pools they
@@ -239,13 +213,13 @@ def _run_tasks(kernel: Callable[..., None], num_tasks: int, work: int, *arrays: 
     """
     num_threads = min(torch.get_num_threads(), num_tasks, 1 + work // 2**17)
     if num_threads <= 1:
-        kernel(0, num_tasks, *arrays)
+        kernel(0, num_tasks, *arguments)
         return
     # More pieces than threads, so that one thread that is held up does not hold up the rest.
     num_pieces = min(num_tasks, 4 * num_threads)
     bounds = [num_tasks * piece // num_pieces for piece in range(num_pieces + 1)]
     pool = _thread_pool(num_threads, os.getpid())
-    for _ in pool.map(lambda first, last: kernel(first, last, *arrays), bounds[:-1], bounds[1:]):
+    for _ in pool.map(lambda first, last: kernel(first, last, *arguments), bounds[:-1], bounds[1:]):
         pass
 
 
@@ -265,8 +239,14 @@ def _scan_torch(
     B: Float[Tensor, "b s l"],
     C: Float[Tensor, "b s l"],
     D: Float[Tensor, " d"],
+    z: Float[Tensor, "b d l"] | None,
+    delta_bias: Float[Tensor, " d"],
+    delta_softplus: bool,
 ) -> Float[Tensor, "b d l"]:
     """The scan chunk by chunk; only the states between chunks are kept for the backward pass."""
+    delta = delta + delta_bias.unsqueeze(-1)
+    if delta_softplus:
+        delta = F.softplus(delta)
     size = max(1, math.isqrt(u.shape[-1]))
     state = u.new_zeros(u.shape[0], *A.shape)
     outputs = []
@@ -277,7 +257,8 @@ def _scan_torch(
         else:
             output, state = checkpoint(_scan_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
         outputs.append(output)
-    return torch.cat(outputs, dim=-1) + u * D.unsqueeze(-1)
+    y = torch.cat(outputs, dim=-1) + u * D.unsqueeze(-1)
+    return y if z is None else y * F.silu(z)
 
 
 def _scan_chunk(
@@ -335,7 +316,9 @@ def _probe(kernel: Callable[..., Tensor], device: torch.device) -> str | None:
         y = scan(*inputs, delta_softplus=True)
         return [tensor.detach().cpu() for tensor in (y, *torch.autograd.grad(y.square().sum(), inputs))]
 
-    expected = outcome(lambda *inputs, **options: selective_scan(*inputs, **options, backend="torch"), torch.device("cpu"))
+    expected = outcome(
+        lambda *inputs, **options: selective_scan(*inputs, **options, backend="torch"), torch.device("cpu")
+    )
     try:
         got = outcome(kernel, device)
     except (RuntimeError, TypeError) as error:

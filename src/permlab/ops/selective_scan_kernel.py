@@ -1,46 +1,58 @@
 """The CPU kernel of the selective scan: a fused forward pass and its adjoint, compiled by numba.
 
 Channels are the vector lanes. They are cut into groups of `LANES`; one sequence and one group make
-one task, and a task walks along the sequence with its states in the first-level cache. Arrays are
-token-major, `[b, l, g, LANES]` for g groups, so the lanes of a token are adjacent in memory.
+one task, which walks along the sequence with its states in the first-level cache, chunk by chunk.
+A chunk's tokens are copied to local tiles `[token, lane]`, so tensors may have any strides, and
+lanes after the last channel are zero.
 
 How the work is cut depends on shapes only, and sums over sequences and groups are left to the
 caller as one partial result per task: the result has the same bits for any number of threads.
 
-Local arrays hold one quantity per plane, `[quantity, state, lane]`. The compiler then proves once
-per token that planes do not overlap, and vectorises; with quantities interleaved it cannot.
+Local arrays hold one quantity each, `[state, lane]` or `[token, lane]`: whether two of them overlap
+is then settled once per token, outside the loop over lanes, which vectorises.
 
-Nothing here is checked: shapes, types and layout are the caller's duty.
+Nothing here is checked: shapes and types are the caller's duty.
 """
 
 import math
+from functools import cache
 from typing import no_type_check
 
 import numpy as np
-from numba import njit, types
+from numba import boolean, from_dtype, int64, njit, types, void
 from numba.extending import overload
 
 LANES = 64
-LOG2_E = math.log2(math.e)
+_LOG2_E = math.log2(math.e)
+
+# Reassociation lets sums over lanes be vectorised; NaN and infinity keep their meaning.
+_OPTIONS = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
+
+
+# Elementary functions: the ones of the C library do not vectorise.
+
+
+def exp2(x):
+    """2^x, in compiled code only."""
+    raise NotImplementedError("exp2 can be called from compiled code only")
+
+
+def sigmoid(x):
+    """1 / (1 + e^-x), in compiled code only."""
+    raise NotImplementedError("sigmoid can be called from compiled code only")
+
+
+def softplus(x):
+    """log(1 + e^x), in compiled code only."""
+    raise NotImplementedError("softplus can be called from compiled code only")
 
 
 @no_type_check
-def _compile(function):
-    """Compile at the first call; keep the machine code on disk where a cache directory is writable."""
-    # Reassociation lets sums over lanes be vectorised; NaN and infinity keep their meaning.
-    options = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:
-        return njit(**options)(function)
-
-
-@no_type_check
-def _power_of_two(real, integer, mantissa, degree):
-    """Build x -> 2^x from arithmetic that vectorises, right to about one unit in the last place.
+def _make_exp2(real, integer, mantissa, degree):
+    """Right to about one unit in the last place.
 
     x = n + r with |r| <= 1/2. Adding `magic` puts n into the low bits of the mantissa, from where
-    a shift moves it into the exponent; 2^r is a Taylor polynomial of `degree`.
+    a shift moves it into the exponent; 2^r is a Taylor polynomial.
     """
     coefficients = np.array([math.log(2) ** k / math.factorial(k) for k in range(degree, -1, -1)], real)
     num_coefficients = degree + 1
@@ -48,7 +60,7 @@ def _power_of_two(real, integer, mantissa, degree):
     smallest, largest = real(np.finfo(real).minexp), real(np.finfo(real).maxexp)
     zero, infinity = real(0), real(np.inf)
 
-    def power(x):
+    def compiled(x):
         rounded = x + magic
         r = x - (rounded - magic)
         p = coefficients[0]
@@ -58,155 +70,353 @@ def _power_of_two(real, integer, mantissa, degree):
         p = zero if x < smallest else bits.view(real)
         return infinity if x >= largest else p
 
-    return power
+    return compiled
 
 
-_POWERS = {
-    types.float32: _power_of_two(np.float32, np.int32, mantissa=23, degree=7),
-    types.float64: _power_of_two(np.float64, np.int64, mantissa=52, degree=13),
+@no_type_check
+def _make_sigmoid(real):
+    one, slope = real(1), real(-_LOG2_E)
+
+    def compiled(x):
+        return one / (one + exp2(x * slope))
+
+    return compiled
+
+
+@no_type_check
+def _make_softplus(real, num_terms):
+    """max(x, 0) + log(1 + w) with w = e^-|x|, the logarithm as 2 artanh(w / (2 + w)); w / (2 + w) <= 1/3."""
+    coefficients = np.array([1 / (2 * k + 1) for k in range(num_terms - 1, -1, -1)], real)
+    zero, two, slope = real(0), real(2), real(_LOG2_E)
+
+    def compiled(x):
+        w = exp2((x if x < zero else -x) * slope)
+        r = w / (two + w)
+        square = r * r
+        p = coefficients[0]
+        for k in range(1, num_terms):
+            p = p * square + coefficients[k]
+        return (zero if x < zero else x) + two * r * p
+
+    return compiled
+
+
+_EXP2 = {
+    types.float32: _make_exp2(np.float32, np.int32, mantissa=23, degree=7),
+    types.float64: _make_exp2(np.float64, np.int64, mantissa=52, degree=13),
 }
+_SIGMOID = {types.float32: _make_sigmoid(np.float32), types.float64: _make_sigmoid(np.float64)}
+_SOFTPLUS = {types.float32: _make_softplus(np.float32, 8), types.float64: _make_softplus(np.float64, 17)}
 
 
-def exp2(x):
-    """2^x, in compiled code only."""
-    raise NotImplementedError("exp2 can be called from compiled code only")
-
-
-# Reassociation stays off here, since it would cancel `magic`.
+# No reassociation in these: it would cancel `magic`.
 @overload(exp2, jit_options={"fastmath": {"contract"}})
 @no_type_check
 def _exp2(x):
-    return _POWERS[x]
+    return _EXP2[x]
 
 
-@_compile
+@overload(sigmoid, jit_options={"fastmath": {"contract"}})
 @no_type_check
-def forward(first, last, u, delta, rate, B, C, D, y, checkpoints, stride):
+def _sigmoid(x):
+    return _SIGMOID[x]
+
+
+@overload(softplus, jit_options={"fastmath": {"contract"}})
+@no_type_check
+def _softplus(x):
+    return _SOFTPLUS[x]
+
+
+# Tiles
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def _load(tile, array, i, channel, start, size):
+    """tile[t, k] = array[i, channel + k, start + t]; the inner loop runs along the denser axis."""
+    width = min(LANES, array.shape[1] - channel)
+    if array.strides[2] < array.strides[1]:
+        for k in range(width):
+            for t in range(size):
+                tile[t, k] = array[i, channel + k, start + t]
+    else:
+        for t in range(size):
+            for k in range(width):
+                tile[t, k] = array[i, channel + k, start + t]
+    for t in range(size):
+        for k in range(width, LANES):
+            tile[t, k] = 0
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def _store(array, tile, i, channel, start, size):
+    """array[i, channel + k, start + t] = tile[t, k]."""
+    width = min(LANES, array.shape[1] - channel)
+    if array.strides[2] < array.strides[1]:
+        for k in range(width):
+            for t in range(size):
+                array[i, channel + k, start + t] = tile[t, k]
+    else:
+        for t in range(size):
+            for k in range(width):
+                array[i, channel + k, start + t] = tile[t, k]
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def _load_rate(rate, A, channel):
+    """rate[s, k] = A[channel + k, s] log2(e), so that decays are powers of two."""
+    scale = rate.dtype.type(_LOG2_E)
+    rate[:] = 0
+    for k in range(min(LANES, A.shape[0] - channel)):
+        for s in range(A.shape[1]):
+            rate[s, k] = A[channel + k, s] * scale
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def _load_row(row, vector, channel):
+    row[:] = 0
+    for k in range(min(LANES, vector.shape[0] - channel)):
+        row[k] = vector[channel + k]
+
+
+# Pieces of the forward pass
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def _step_sizes(delta, push, u, bias, has_softplus, size):
+    """Turn delta as given into step sizes, and set push = delta * u."""
+    for t in range(size):
+        if has_softplus:
+            for k in range(LANES):
+                delta[t, k] = softplus(delta[t, k] + bias[k])
+        else:
+            for k in range(LANES):
+                delta[t, k] = delta[t, k] + bias[k]
+        for k in range(LANES):
+            push[t, k] = delta[t, k] * u[t, k]
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def _gate(y, z, size):
+    """y *= silu(z)."""
+    for t in range(size):
+        for k in range(LANES):
+            y[t, k] *= z[t, k] * sigmoid(z[t, k])
+
+
+@no_type_check
+def _forward(first, last, u, delta, A, B, C, D, z, bias, has_softplus, y, checkpoints, stride):
     """Scan tasks first..last-1, writing `y` and every `stride`-th state.
 
     Shapes:
-        u, delta, y: [b, l, g, LANES].  rate: A * log2(e), [s, g, LANES].  B, C: [b, l, s].
-        D: [g, LANES].  checkpoints: [b, g, ceil(l / stride), s, LANES], or empty where none is wanted.
+        u, delta, y: [b, d, l].  A: [d, s].  B, C: [b, s, l].  D, bias: [d].  z: as u, or empty.
+        checkpoints: [b, g, ceil(l / stride), s, LANES], or empty where none is wanted.
     """
-    _, length, num_groups, _ = u.shape
-    num_states = rate.shape[0]
-    state = np.empty((2, num_states, LANES), u.dtype)  # rate, h
-    row = np.empty((3, LANES), u.dtype)  # delta, delta * u, y
+    num_tokens, num_states = u.shape[2], A.shape[1]
+    num_groups = (u.shape[1] + LANES - 1) // LANES
+    weight, offset = np.empty(LANES, y.dtype), np.empty(LANES, y.dtype)
+    rate, state = np.empty((num_states, LANES), y.dtype), np.empty((num_states, LANES), y.dtype)
+    u_tile, delta_tile = np.empty((stride, LANES), y.dtype), np.empty((stride, LANES), y.dtype)
+    push, y_tile, z_tile = np.empty_like(u_tile), np.empty_like(u_tile), np.empty_like(u_tile)
     for task in range(first, last):
         i, group = task // num_groups, task % num_groups
-        for s in range(num_states):
-            for k in range(LANES):
-                state[0, s, k] = rate[s, group, k]
-                state[1, s, k] = 0
-        for t in range(length):
-            if checkpoints.size > 0 and t % stride == 0:
-                checkpoints[i, group, t // stride] = state[1]
-            for k in range(LANES):
-                row[0, k] = delta[i, t, group, k]
-                row[1, k] = delta[i, t, group, k] * u[i, t, group, k]
-                row[2, k] = D[group, k] * u[i, t, group, k]
-            for s in range(num_states):
-                b, c = B[i, t, s], C[i, t, s]
+        channel = group * LANES
+        _load_rate(rate, A, channel)
+        _load_row(weight, D, channel)
+        _load_row(offset, bias, channel)
+        state[:] = 0
+        for start in range(0, num_tokens, stride):
+            size = min(stride, num_tokens - start)
+            if checkpoints.size > 0:
+                checkpoints[i, group, start // stride] = state
+            _load(u_tile, u, i, channel, start, size)
+            _load(delta_tile, delta, i, channel, start, size)
+            _step_sizes(delta_tile, push, u_tile, offset, has_softplus, size)
+            for t in range(size):
                 for k in range(LANES):
-                    h = exp2(row[0, k] * state[0, s, k]) * state[1, s, k] + row[1, k] * b
-                    state[1, s, k] = h
-                    row[2, k] += h * c
-            for k in range(LANES):
-                y[i, t, group, k] = row[2, k]
+                    y_tile[t, k] = weight[k] * u_tile[t, k]
+                for s in range(num_states):
+                    b, c = B[i, s, start + t], C[i, s, start + t]
+                    for k in range(LANES):
+                        h = exp2(delta_tile[t, k] * rate[s, k]) * state[s, k] + push[t, k] * b
+                        state[s, k] = h
+                        y_tile[t, k] += h * c
+            if z.size > 0:
+                _load(z_tile, z, i, channel, start, size)
+                _gate(y_tile, z_tile, size)
+            _store(y, y_tile, i, channel, start, size)
 
 
-@_compile
+# Pieces of the backward pass
+
+
+@njit(**_OPTIONS)
 @no_type_check
-def _replay(task, start, size, u, delta, B, rate, row, states, decays):
-    """Recompute one chunk: states[t + 1] = h_t and decays[t] = exp(delta_t A), from the checkpoint in states[0]."""
-    i, group = task // u.shape[2], task % u.shape[2]
+def _slopes(slope, delta, bias, has_softplus, size):
+    """Derivative of the step sizes by delta as given."""
+    for t in range(size):
+        if has_softplus:
+            for k in range(LANES):
+                slope[t, k] = sigmoid(delta[t, k] + bias[k])
+        else:
+            slope[t] = 1
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def _replay(delta, push, rate, B, i, start, size, states, decays):
+    """Recompute a chunk from its checkpoint in states[0]: states[t + 1] = h_t, decays[t] = exp(delta_t A)."""
+    for t in range(size):
+        for s in range(rate.shape[0]):
+            b = B[i, s, start + t]
+            for k in range(LANES):
+                decay = exp2(delta[t, k] * rate[s, k])
+                decays[t, s, k] = decay
+                states[t + 1, s, k] = decay * states[t, s, k] + push[t, k] * b
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def _ungate(grad_y, z, grad_z, u, D, C, i, start, size, states):
+    """From the gradient of y * silu(z) to those of y (in place) and of z."""
     for t in range(size):
         for k in range(LANES):
-            row[0, k] = delta[i, start + t, group, k]
-            row[1, k] = row[0, k] * u[i, start + t, group, k]
-        for s in range(rate.shape[0]):
-            b = B[i, start + t, s]
+            grad_z[t, k] = D[k] * u[t, k]
+        for s in range(states.shape[1]):
+            c = C[i, s, start + t]
             for k in range(LANES):
-                decay = exp2(row[0, k] * rate[s, k])
-                decays[t, s, k] = decay
-                states[t + 1, s, k] = decay * states[t, s, k] + row[1, k] * b
+                grad_z[t, k] += states[t + 1, s, k] * c
+        for k in range(LANES):
+            gate = sigmoid(z[t, k])
+            grad_z[t, k] *= grad_y[t, k] * (gate + z[t, k] * gate * sigmoid(-z[t, k]))
+            grad_y[t, k] *= z[t, k] * gate
 
 
-@_compile
+@njit(**_OPTIONS)
 @no_type_check
-def backward(
-    first,
-    last,
-    u,
-    delta,
-    rate,
-    B,
-    C,
-    D,
-    checkpoints,
-    stride,
-    grad_y,
-    grad_u,
-    grad_delta,
-    grad_A,
-    grad_B,
-    grad_C,
-    grad_D,
-):
-    """Adjoint of `forward` for tasks first..last-1, chunk by chunk from the end.
+def _retreat(
+    delta, push, rate, B, C, i, start, size, states, decays, grad_y, grad_state, grad_rate, by_exponent, by_push,
+    grad_B, grad_C,
+):  # fmt: skip
+    """Carry the gradient of the state back over a chunk.
+
+    Leaves in `by_exponent` the gradient by delta of the decays, over ln 2, and in `by_push` the gradient of push.
+    """
+    for t in range(size - 1, -1, -1):
+        by_exponent[t] = 0
+        by_push[t] = 0
+        for s in range(rate.shape[0]):
+            b, c = B[i, s, start + t], C[i, s, start + t]
+            sum_b = sum_c = b * 0
+            for k in range(LANES):
+                grad = grad_state[s, k] + grad_y[t, k] * c
+                sum_b += grad * push[t, k]
+                sum_c += grad_y[t, k] * states[t + 1, s, k]
+                by_push[t, k] += grad * b
+                grad *= decays[t, s, k]
+                grad_state[s, k] = grad
+                grad *= states[t, s, k]
+                grad_rate[s, k] += grad * delta[t, k]
+                by_exponent[t, k] += grad * rate[s, k]
+            grad_B[s, start + t] = sum_b
+            grad_C[s, start + t] = sum_c
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def _finish(u, delta, D, slope, grad_y, by_exponent, by_push, grad_D, grad_bias, size):
+    """Turn `by_push` into the gradient of u and `by_exponent` into that of delta as given; add to D's and the bias's."""
+    ln_2 = u.dtype.type(math.log(2))
+    for t in range(size):
+        for k in range(LANES):
+            grad_D[k] += grad_y[t, k] * u[t, k]
+            by_exponent[t, k] = (ln_2 * by_exponent[t, k] + u[t, k] * by_push[t, k]) * slope[t, k]
+            grad_bias[k] += by_exponent[t, k]
+            by_push[t, k] = by_push[t, k] * delta[t, k] + D[k] * grad_y[t, k]
+
+
+@no_type_check
+def _backward(
+    first, last, u, delta, A, B, C, D, z, bias, has_softplus, checkpoints, stride, grad_y,
+    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias,
+):  # fmt: skip
+    """Adjoint of the forward pass for tasks first..last-1, chunk by chunk from the end.
 
     Shapes:
-        As for `forward`.  grad_A: [b, s, g, LANES] and grad_D: [b, g, LANES], one part per sequence.
-        grad_B, grad_C: [b, g, l, s], one part per group.
+        As for the forward pass.  grad_A: [b, g, s, LANES], grad_D, grad_bias: [b, g, LANES], one part
+        per sequence.  grad_B, grad_C: [b, g, s, l], one part per group.
     """
-    _, length, num_groups, _ = u.shape
-    num_states = rate.shape[0]
-    ln_2 = u.dtype.type(math.log(2))
-    local = np.empty((3, num_states, LANES), u.dtype)  # rate, gradient of h, gradient of A
+    num_tokens, num_states = u.shape[2], A.shape[1]
+    num_groups = (u.shape[1] + LANES - 1) // LANES
+    tile, plane = (stride, LANES), (num_states, LANES)
+    weight, offset = np.empty(LANES, u.dtype), np.empty(LANES, u.dtype)
+    rate, grad_state = np.empty(plane, u.dtype), np.empty(plane, u.dtype)
+    u_tile, delta_tile, y_tile, z_tile = (
+        np.empty(tile, u.dtype),
+        np.empty(tile, u.dtype),
+        np.empty(tile, u.dtype),
+        np.empty(tile, u.dtype),
+    )
+    push, slope, by_exponent, by_push = (
+        np.empty(tile, u.dtype),
+        np.empty(tile, u.dtype),
+        np.empty(tile, u.dtype),
+        np.empty(tile, u.dtype),
+    )
     states = np.empty((stride + 1, num_states, LANES), u.dtype)
     decays = np.empty((stride, num_states, LANES), u.dtype)
-    row = np.empty((6, LANES), u.dtype)  # delta, delta * u, gradients of y, of delta * A, of delta * u, of D
     for task in range(first, last):
         i, group = task // num_groups, task % num_groups
-        local[1:] = 0
-        row[5] = 0
-        for s in range(num_states):
-            for k in range(LANES):
-                local[0, s, k] = rate[s, group, k]
+        channel = group * LANES
+        _load_rate(rate, A, channel)
+        _load_row(weight, D, channel)
+        _load_row(offset, bias, channel)
+        grad_state[:] = 0
+        sum_A, sum_D, sum_bias = grad_A[i, group], grad_D[i, group], grad_bias[i, group]
         for chunk in range(checkpoints.shape[2] - 1, -1, -1):
             start = chunk * stride
-            size = min(stride, length - start)
+            size = min(stride, num_tokens - start)
             states[0] = checkpoints[i, group, chunk]
-            _replay(task, start, size, u, delta, B, local[0], row, states, decays)
-            for t in range(size - 1, -1, -1):
-                for k in range(LANES):
-                    row[0, k] = delta[i, start + t, group, k]
-                    row[1, k] = row[0, k] * u[i, start + t, group, k]
-                    row[2, k] = grad_y[i, start + t, group, k]
-                    row[3, k] = 0
-                    row[4, k] = 0
-                for s in range(num_states):
-                    b, c = B[i, start + t, s], C[i, start + t, s]
-                    sum_b = sum_c = u.dtype.type(0)
-                    for k in range(LANES):
-                        grad_h = local[1, s, k] + row[2, k] * c
-                        sum_b += grad_h * row[1, k]
-                        sum_c += row[2, k] * states[t + 1, s, k]
-                        row[4, k] += grad_h * b
-                        grad_h *= decays[t, s, k]
-                        local[1, s, k] = grad_h
-                        grad_h *= states[t, s, k]
-                        local[2, s, k] += grad_h * row[0, k]
-                        row[3, k] += grad_h * local[0, s, k]
-                    grad_B[i, group, start + t, s] = sum_b
-                    grad_C[i, group, start + t, s] = sum_c
-                for k in range(LANES):
-                    x = u[i, start + t, group, k]
-                    grad_u[i, start + t, group, k] = row[0, k] * row[4, k] + D[group, k] * row[2, k]
-                    grad_delta[i, start + t, group, k] = ln_2 * row[3, k] + x * row[4, k]
-                    row[5, k] += x * row[2, k]
-        for k in range(LANES):
-            grad_D[i, group, k] = row[5, k]
-        for s in range(num_states):
-            for k in range(LANES):
-                grad_A[i, s, group, k] = local[2, s, k]
+            _load(u_tile, u, i, channel, start, size)
+            _load(delta_tile, delta, i, channel, start, size)
+            _load(y_tile, grad_y, i, channel, start, size)
+            _slopes(slope, delta_tile, offset, has_softplus, size)
+            _step_sizes(delta_tile, push, u_tile, offset, has_softplus, size)
+            _replay(delta_tile, push, rate, B, i, start, size, states, decays)
+            if z.size > 0:
+                _load(z_tile, z, i, channel, start, size)
+                _ungate(y_tile, z_tile, by_push, u_tile, weight, C, i, start, size, states)
+                _store(grad_z, by_push, i, channel, start, size)
+            _retreat(
+                delta_tile, push, rate, B, C, i, start, size, states, decays, y_tile, grad_state, sum_A,
+                by_exponent, by_push, grad_B[i, group], grad_C[i, group],
+            )  # fmt: skip
+            _finish(u_tile, delta_tile, weight, slope, y_tile, by_exponent, by_push, sum_D, sum_bias, size)
+            _store(grad_delta, by_exponent, i, channel, start, size)
+            _store(grad_u, by_push, i, channel, start, size)
+
+
+@cache
+def compiled(dtype):
+    """The forward and the backward kernel for a numpy dtype; machine code is kept on disk where that can be written."""
+    real = from_dtype(dtype)
+    tensor, matrix, vector, parts = real[:, :, :], real[:, :], real[:], real[:, :, :, ::1]
+    inputs = (int64, int64, tensor, tensor, matrix, tensor, tensor, vector, tensor, vector, boolean)
+    partials = (real[:, :, :, ::1], parts, parts, real[:, :, ::1], tensor, real[:, :, ::1])
+    forward = void(*inputs, tensor, real[:, :, :, :, ::1], int64)
+    backward = void(*inputs, real[:, :, :, :, ::1], int64, tensor, tensor, tensor, *partials)
+    return _compile(_forward, forward), _compile(_backward, backward)
+
+
+@no_type_check
+def _compile(function, signature):
+    try:
+        return njit(signature, cache=True, **_OPTIONS)(function)
+    except RuntimeError:
+        return njit(signature, **_OPTIONS)(function)

@@ -28,7 +28,7 @@ def soft_sort(scores: Float[Tensor, "*b n"], *, temperature: float, power: float
         Row-stochastic matrix, dtype and device of the input; computed in float32 at least.
     Raises:
         ValueError: if the scores are not floating point, temperature <= 0 or power < 1.
-    Source: Prillo and Eisenschlos 2020, SoftSort, arXiv:2006.16038, equation 4.
+    Source: Prillo and Eisenschlos 2020, SoftSort, arXiv:2006.16038, definition of the operator.
     Differs from source: any power instead of a general metric; -inf is given its limit.
     Cost: O(n^2) time and memory.
     Example:
@@ -66,7 +66,7 @@ def neural_sort(scores: Float[Tensor, "*b n"], *, temperature: float) -> Float[T
         Row-stochastic matrix, dtype and device of the input; computed in float32 at least.
     Raises:
         ValueError: if the scores are not floating point or temperature <= 0.
-    Source: Grover et al. 2019, NeuralSort, arXiv:1903.08850, equation 5.
+    Source: Grover et al. 2019, NeuralSort, arXiv:1903.08850, definition of the relaxed operator.
     Differs from source: -inf is given its limit.
     Cost: O(n^2) time and memory.
     Example:
