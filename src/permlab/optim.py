@@ -21,7 +21,8 @@ def build_optimizer(
         settings: lr, weight_decay, beta1, beta2, schedule, warmup_fraction.
         num_steps: optimiser steps of the whole training.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             free = parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False)

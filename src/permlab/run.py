@@ -39,6 +39,7 @@ from permlab.rundir import (
     write_json,
     write_npz,
 )
+from permlab.task.base import Task
 from permlab.tracking import RunLogger
 
 Config = Mapping[str, Any]
@@ -111,7 +112,7 @@ def run_once(config: Config, *, announce: bool = False) -> Summary:
     return summary
 
 
-def _build(config: Config) -> tuple[Assembly, DataModule, L.LightningModule]:
+def _build(config: Config) -> tuple[Assembly, DataModule, Task]:
     """Model, method, data and task of a configuration, everything that can refuse it."""
     parts = assemble(config)
     data = DataModule(config["data"], config["seed"])
@@ -119,7 +120,7 @@ def _build(config: Config) -> tuple[Assembly, DataModule, L.LightningModule]:
     return parts, data, task
 
 
-def fit_and_test(config: Config, run_dir: Path, parts: Assembly, data: DataModule, task: L.LightningModule) -> Summary:
+def fit_and_test(config: Config, run_dir: Path, parts: Assembly, data: DataModule, task: Task) -> Summary:
     """Train from the newest checkpoint, if any, and test the model that validation picked."""
     checkpoint = _resume_from(config, run_dir)
     if is_rank_zero():
@@ -150,7 +151,7 @@ def fit_and_test(config: Config, run_dir: Path, parts: Assembly, data: DataModul
 def evaluate_best(
     config: Config,
     run_dir: Path,
-    task: L.LightningModule,
+    task: Task,
     data: DataModule,
     *,
     split: str = "test",
@@ -180,9 +181,9 @@ def compare(config: Config, run_dir: Path, summary: Summary) -> Summary:
     control = run_once(_with_fixed_order(config, config["method"]["order"]))
     compared = {"test/accuracy_control": control["test/accuracy"]}
     with np.load(run_dir / "arrays" / "order.npz") as arrays:
-        order = arrays["order"]
-    if order.ndim == 1:
-        refit = run_once(_with_fixed_order(config, order.tolist()))
+        order = arrays["order"].tolist() if "order" in arrays else None
+    if order is not None:
+        refit = run_once(_with_fixed_order(config, order))
         compared["test/accuracy_refit"] = refit["test/accuracy"]
     return compared
 
@@ -223,7 +224,7 @@ def _trainer_arguments(config: Config) -> dict[str, Any]:
 
 def _callbacks(config: Config, run_dir: Path, parts: Assembly, data: DataModule) -> list[L.Callback]:
     folder = run_dir / "checkpoints"
-    common = {"dirpath": folder, "enable_version_counter": False, "save_on_train_epoch_end": False}
+    common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False, "save_on_train_epoch_end": False}
     best = ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", save_weights_only=True, **common)
     last = ModelCheckpoint(filename="last", **common)
     grid = (parts.model.height, parts.model.width)
@@ -262,7 +263,9 @@ def _step_of(checkpoint: Path | None) -> int:
 
 
 def _statistics(parts: Assembly, trainer: L.Trainer) -> Summary:
-    picked = next(callback for callback in trainer.checkpoint_callbacks if callback.monitor)
+    checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    picked = next(callback for callback in checkpoints if callback.monitor)
+    assert picked.best_model_score is not None, "the last step is always validated"
     return {
         "train/steps": float(trainer.global_step),
         "model/num_parameters": float(sum(p.numel() for p in parts.model.parameters())),
@@ -271,10 +274,13 @@ def _statistics(parts: Assembly, trainer: L.Trainer) -> Summary:
     }
 
 
-def _write_results(run_dir: Path, parts: Assembly, task: L.LightningModule, data: DataModule) -> None:
+def _write_results(run_dir: Path, parts: Assembly, task: Task, data: DataModule) -> None:
     """The picked order and the confusion matrix, for figures, refits and reports."""
     method = parts.method
-    start = method.start_order.cpu().numpy()
-    order = start if method.needs_items else method.best().cpu().numpy()
-    write_npz(run_dir / "arrays" / "order.npz", order=order, start_order=start)
-    write_npz(run_dir / "arrays" / "confusion.npz", confusion=task.confusion.compute().cpu().numpy())
+    arrays = {"start_order": method.start_order.cpu().numpy()}
+    if not method.needs_items:
+        arrays["order"] = method.best().cpu().numpy()
+    write_npz(run_dir / "arrays" / "order.npz", **arrays)
+    counts = getattr(task, "confusion_counts", None)
+    if counts is not None:
+        write_npz(run_dir / "arrays" / "confusion.npz", confusion=counts.cpu().numpy())

@@ -2,6 +2,8 @@
 
 import lightning as L
 
+from permlab.task.base import Task
+
 
 class ValidateAtEnd(L.Callback):
     """Asks the trainer to stop after the last step, which makes it validate first.
@@ -9,6 +11,6 @@ class ValidateAtEnd(L.Callback):
     Otherwise the steps after the last multiple of `val_check_interval` could not be picked.
     """
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Task, *_: object) -> None:  # type: ignore[override]
         if trainer.global_step >= pl_module.num_steps:
             trainer.should_stop = True

@@ -43,7 +43,7 @@ def random_state() -> dict[str, Any]:
     name, keys, *rest = np.random.get_state()
     return {
         "python": [version, list(internal), gauss],
-        "numpy": [name, keys.tolist(), *rest],  # type: ignore[union-attr]
+        "numpy": [name, keys.tolist(), *rest],  # type: ignore[union-attr, attr-defined]
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

@@ -2,6 +2,8 @@
 
 import lightning as L
 
+from permlab.task.base import Task
+
 
 class Temperature(L.Callback):
     """Tells the method, before every batch, which optimiser step of how many this is.
@@ -9,5 +11,5 @@ class Temperature(L.Callback):
     Phase and temperature follow from the two alone, so accumulation and resuming need no care.
     """
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Task, *_: object) -> None:  # type: ignore[override]
         pl_module.method.advance(trainer.global_step, pl_module.num_steps)

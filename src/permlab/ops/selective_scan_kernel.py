@@ -26,7 +26,8 @@ LANES = 64
 _LOG2_E = math.log2(math.e)
 
 # Reassociation lets sums over lanes be vectorised; NaN and infinity keep their meaning.
-_OPTIONS = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
+_OPTIONS = {"fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy", "no_cfunc_wrapper": True}
+_piece = njit(no_cpython_wrapper=True, **_OPTIONS)
 
 
 # Elementary functions: the ones of the C library do not vectorise.
@@ -131,7 +132,7 @@ def _softplus(x):
 # Tiles
 
 
-@njit(**_OPTIONS)
+@_piece
 @no_type_check
 def _load(tile, array, i, channel, start, size):
     """tile[t, k] = array[i, channel + k, start + t]; the inner loop runs along the denser axis."""
@@ -149,7 +150,7 @@ def _load(tile, array, i, channel, start, size):
             tile[t, k] = 0
 
 
-@njit(**_OPTIONS)
+@_piece
 @no_type_check
 def _store(array, tile, i, channel, start, size):
     """array[i, channel + k, start + t] = tile[t, k]."""
@@ -164,7 +165,15 @@ def _store(array, tile, i, channel, start, size):
                 array[i, channel + k, start + t] = tile[t, k]
 
 
-@njit(**_OPTIONS)
+@_piece
+@no_type_check
+def _copy(target, source):
+    for s in range(source.shape[0]):
+        for k in range(LANES):
+            target[s, k] = source[s, k]
+
+
+@_piece
 @no_type_check
 def _load_rate(rate, A, channel):
     """rate[s, k] = A[channel + k, s] log2(e), so that decays are powers of two."""
@@ -175,7 +184,7 @@ def _load_rate(rate, A, channel):
             rate[s, k] = A[channel + k, s] * scale
 
 
-@njit(**_OPTIONS)
+@_piece
 @no_type_check
 def _load_row(row, vector, channel):
     row[:] = 0
@@ -186,7 +195,7 @@ def _load_row(row, vector, channel):
 # Pieces of the forward pass
 
 
-@njit(**_OPTIONS)
+@_piece
 @no_type_check
 def _step_sizes(delta, push, u, bias, has_softplus, size):
     """Turn delta as given into step sizes, and set push = delta * u."""
@@ -201,7 +210,7 @@ def _step_sizes(delta, push, u, bias, has_softplus, size):
             push[t, k] = delta[t, k] * u[t, k]
 
 
-@njit(**_OPTIONS)
+@_piece
 @no_type_check
 def _gate(y, z, size):
     """y *= silu(z)."""
@@ -234,7 +243,7 @@ def _forward(first, last, u, delta, A, B, C, D, z, bias, has_softplus, y, checkp
         for start in range(0, num_tokens, stride):
             size = min(stride, num_tokens - start)
             if checkpoints.size > 0:
-                checkpoints[i, group, start // stride] = state
+                _copy(checkpoints[i, group, start // stride], state)
             _load(u_tile, u, i, channel, start, size)
             _load(delta_tile, delta, i, channel, start, size)
             _step_sizes(delta_tile, push, u_tile, offset, has_softplus, size)
@@ -256,7 +265,7 @@ def _forward(first, last, u, delta, A, B, C, D, z, bias, has_softplus, y, checkp
 # Pieces of the backward pass
 
 
-@njit(**_OPTIONS)
+@_piece
 @no_type_check
 def _slopes(slope, delta, bias, has_softplus, size):
     """Derivative of the step sizes by delta as given."""
@@ -268,7 +277,7 @@ def _slopes(slope, delta, bias, has_softplus, size):
             slope[t] = 1
 
 
-@njit(**_OPTIONS)
+@_piece
 @no_type_check
 def _replay(delta, push, rate, B, i, start, size, states, decays):
     """Recompute a chunk from its checkpoint in states[0]: states[t + 1] = h_t, decays[t] = exp(delta_t A)."""
@@ -281,7 +290,7 @@ def _replay(delta, push, rate, B, i, start, size, states, decays):
                 states[t + 1, s, k] = decay * states[t, s, k] + push[t, k] * b
 
 
-@njit(**_OPTIONS)
+@_piece
 @no_type_check
 def _ungate(grad_y, z, grad_z, u, D, C, i, start, size, states):
     """From the gradient of y * silu(z) to those of y (in place) and of z."""
@@ -298,7 +307,7 @@ def _ungate(grad_y, z, grad_z, u, D, C, i, start, size, states):
             grad_y[t, k] *= z[t, k] * gate
 
 
-@njit(**_OPTIONS)
+@_piece
 @no_type_check
 def _retreat(
     delta, push, rate, B, C, i, start, size, states, decays, grad_y, grad_state, grad_rate, by_exponent, by_push,
@@ -328,10 +337,10 @@ def _retreat(
             grad_C[s, start + t] = sum_c
 
 
-@njit(**_OPTIONS)
+@_piece
 @no_type_check
 def _finish(u, delta, D, slope, grad_y, by_exponent, by_push, grad_D, grad_bias, size):
-    """Turn `by_push` into the gradient of u and `by_exponent` into that of delta as given; add to D's and the bias's."""
+    """Turn `by_push` into the gradient of u and `by_exponent` into that of delta as given; add to D's and the bias'."""
     ln_2 = u.dtype.type(math.log(2))
     for t in range(size):
         for k in range(LANES):
@@ -382,7 +391,7 @@ def _backward(
         for chunk in range(checkpoints.shape[2] - 1, -1, -1):
             start = chunk * stride
             size = min(stride, num_tokens - start)
-            states[0] = checkpoints[i, group, chunk]
+            _copy(states[0], checkpoints[i, group, chunk])
             _load(u_tile, u, i, channel, start, size)
             _load(delta_tile, delta, i, channel, start, size)
             _load(y_tile, grad_y, i, channel, start, size)
@@ -417,6 +426,6 @@ def compiled(dtype):
 @no_type_check
 def _compile(function, signature):
     try:
-        return njit(signature, cache=True, **_OPTIONS)(function)
+        return njit(signature, cache=True, nogil=True, **_OPTIONS)(function)
     except RuntimeError:
-        return njit(signature, **_OPTIONS)(function)
+        return njit(signature, nogil=True, **_OPTIONS)(function)

@@ -1,6 +1,7 @@
 """Teachers for distillation: a finished run, or a timm model."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -40,14 +41,15 @@ class TimmTeacher(nn.Module):
         super().__init__()
         import timm
 
-        self.model = timm.create_model(name, pretrained=pretrained, in_chans=spec.channels)
-        self.size = self.model.pretrained_cfg["input_size"][-2:]
+        model: Any = timm.create_model(name, pretrained=pretrained, in_chans=spec.channels)
+        self.model, self.size = model, list(model.pretrained_cfg["input_size"][-2:])
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b f"]]:
-        if images.shape[-2:] != tuple(self.size):
+        if list(images.shape[-2:]) != self.size:
             images = nn.functional.interpolate(images, self.size, mode="bilinear", antialias=True)
-        hidden = self.model.forward_head(self.model.forward_features(images), pre_logits=True)
-        return self.model.get_classifier()(hidden), hidden
+        model: Any = self.model
+        hidden = model.forward_head(model.forward_features(images), pre_logits=True)
+        return model.get_classifier()(hidden), hidden
 
 
 def load_teacher(name: str, spec: DataSpec) -> nn.Module:

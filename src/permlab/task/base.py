@@ -1,0 +1,111 @@
+"""What every task has in common: noise, one optimiser, clipping per group, and stopping at the first NaN."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from permlab.errors import NonFiniteError
+from permlab.method.base import Method
+from permlab.model.base import Backbone
+from permlab.optim import build_optimizer
+
+
+class Task(L.LightningModule):
+    """A backbone and the method at its items, trained by one optimiser in one backward pass.
+
+    Args:
+        model, method: what is trained.
+        optim: settings of the optimiser, see `permlab.optim`.
+        seed: of the method's noise, which is drawn from (seed, step) and so is the same on every rank.
+    """
+
+    model: Backbone
+    method: Method
+
+    def __init__(self, model: Backbone, method: Method, optim: Mapping[str, Any], seed: int) -> None:
+        super().__init__()
+        self.model, self.method, self.optim, self.seed = model, method, dict(optim), seed
+        self.num_steps = 1
+
+    def _all_but_method(self) -> nn.Module:
+        """The backbone and what a task learns beside it, by name."""
+        return nn.ModuleDict({name: module for name, module in self.named_children() if name != "method"})
+
+    def _noise(self, batch_idx: int) -> torch.Generator:
+        """Noise of this step: a function of (seed, step, batch), so a resumed run draws what it would have drawn."""
+        generator = torch.Generator(device=self.device)
+        return generator.manual_seed((self.seed << 40) + (self.global_step << 16) + batch_idx % (1 << 16))
+
+    def _untouched_parameters(self) -> Tensor | float:
+        """Zero, through the parameters of a method that is not learning: DDP wants each in every graph."""
+        if self.method.phase == "active":
+            return 0.0
+        return sum((0.0 * parameter.sum() for parameter in self.method.parameters()), start=0.0)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.method.phase != "active":
+            for parameter in self.method.parameters():
+                parameter.grad = None  # a zero gradient would let Adam's momentum move it
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradient norm of model and permutation separately, and log both before clipping."""
+        limit = float("inf") if gradient_clip_val is None else gradient_clip_val
+        scaled = self.trainer.precision in ("16-mixed", "16")  # its scaler skips steps that overflow
+        for name, module in (("model", self._all_but_method()), ("permutation", self.method)):
+            parameters = [p for p in module.parameters() if p.grad is not None]
+            if not parameters:
+                continue
+            norm = nn.utils.clip_grad_norm_(parameters, limit)
+            if not scaled and not torch.isfinite(norm):
+                key = "method.lr or raise method.temperature" if name == "permutation" else "optim.lr"
+                raise NonFiniteError(
+                    f"step {self.global_step}: gradient norm of the {name} is {norm.item()} "
+                    f"({_first_bad_gradient(module)}); lower {key}"
+                )
+            if self._is_log_step():
+                self._record({f"{name}/grad_norm": norm})
+
+    def _check_finite(self, loss: Tensor, tensors: Mapping[str, Tensor | None]) -> None:
+        if torch.isfinite(loss):
+            return
+        weights = {f"weight {name}": weight for name, weight in self.named_parameters()}
+        suspects = {**weights, **tensors}
+        bad = [name for name, value in suspects.items() if value is not None and not torch.isfinite(value).all()]
+        raise NonFiniteError(
+            f"step {self.global_step}: the loss is {loss.item()}; first non-finite tensor: {[*bad, 'loss'][0]}; "
+            "lower optim.lr or method.lr, or raise method.temperature; checkpoints/last.ckpt is the last good state"
+        )
+
+    def _is_log_step(self) -> bool:
+        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+
+    def _record(self, values: Mapping[str, Tensor]) -> None:
+        """Log for the step that is being made, counted as done.
+
+        Straight to the logger: by the time a checkpoint is written, all that was logged for its
+        steps is in the run's files, so a resumed run neither misses nor repeats a line.
+        """
+        if self.logger is not None:
+            self.logger.log_metrics({key: float(value) for key, value in values.items()}, step=self.global_step + 1)
+
+    def configure_optimizers(self) -> Any:
+        self.num_steps = int(self.trainer.estimated_stepping_batches)
+        optimizer, scheduler = build_optimizer(
+            self._all_but_method(), self.method, self.optim, num_steps=self.num_steps
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _first_bad_gradient(module: nn.Module) -> str:
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            return f"first in {name}"
+    return "by overflow of the sum"
