@@ -43,10 +43,18 @@ if __name__ == "__main__":
 def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     folder = tmp_path_factory.mktemp("ddp")
     (folder / "script.py").write_text(SCRIPT)
-    words = (
-        "trainer=ddp trainer.accelerator=cpu trainer.max_steps=6 method=reorder method.baseline=ema "
-        "method.temperature=0.3 method.num_samples=2 method.warmup_fraction=0.2 logger.mode=disabled data.batch_size=32"
-    ).split()
+    words = [
+        "trainer=ddp",
+        "trainer.accelerator=cpu",
+        "trainer.max_steps=6",
+        "method=reorder",
+        "method.baseline=ema",
+        "method.temperature=0.3",
+        "method.num_samples=2",
+        "method.warmup_fraction=0.2",
+        "logger.mode=disabled",
+        "data.batch_size=32",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(folder / "script.py"), *words, f"paths.runs={folder / 'runs'}"]
     return folder, subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=240)

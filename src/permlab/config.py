@@ -46,6 +46,7 @@ GROUPS = (*COMPONENT_GROUPS, "optim", "trainer", "logger")
 MACHINE_KEYS = (
     "seed",
     "force",
+    "num_threads",
     "ckpt_path",
     "paths",
     "logger",
@@ -153,6 +154,7 @@ class PathsKeys:
 class RootKeys:
     seed: NonNegativeInt
     force: bool
+    num_threads: PositiveInt | None
     ckpt_path: str | None
 
 

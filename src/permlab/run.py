@@ -42,6 +42,9 @@ from permlab.rundir import (
 from permlab.task.base import Task
 from permlab.tracking import RunLogger
 
+# Parameters; below this one thread is fastest.
+SMALL_MODEL = 10_000
+
 Config = Mapping[str, Any]
 Summary = dict[str, float]
 
@@ -91,6 +94,7 @@ def run_once(config: Config, *, announce: bool = False) -> Summary:
         return read_summary(run_dir)
     _quiet_lightning()
     parts, data, task = _build(config)
+    _set_threads(config, parts.model)
     if is_rank_zero():
         if config["force"]:
             clear_run(run_dir)
@@ -212,6 +216,15 @@ def _opening(config: Config, parts: Assembly) -> str:
         f"{config['task']['name']}: {config['data']['name']} ({spec.num_classes} classes), {config['model']['name']} "
         f"({count:,} parameters) reading {model.height}x{model.width} patches, method {config['method']['name']}"
     )
+
+
+def _set_threads(config: Config, model: torch.nn.Module) -> None:
+    """On small tensors, threads cost more than they give: on a busy machine a hundred times more."""
+    count = config["num_threads"]
+    if count is None and sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL:
+        count = 1
+    if count is not None:
+        torch.set_num_threads(count)
 
 
 def _trainer_arguments(config: Config) -> dict[str, Any]:

@@ -39,15 +39,6 @@ STARTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Everything here is tiny: a second thread costs more than it saves, far more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # Building
 
 
@@ -313,9 +304,11 @@ def test_a_training_step_changes_every_parameter_that_counts(preset):
 @pytest.mark.parametrize("preset", LEARNED)
 def test_no_temperature_of_the_schedule_gives_nan(preset, state):
     method = make(preset, 6)
+    # Scores of a table may become infinite; a network of infinite weights has no scores to bound.
+    scale = {"start": 1.0, "tied": 0.0, "huge": 1e3 if method.needs_items else 1e30}[state]
     with torch.no_grad():
         for parameter in method.parameters():
-            parameter *= {"start": 1.0, "tied": 0.0, "huge": 1e12}[state]
+            parameter.mul_(scale).mul_(scale)
     items = items_of(5, 6)
     schedule = [method.schedule.at(progress) for progress in (0.0, 0.25, 0.5, 0.75, 1.0)]
     for temperature in (*schedule, 1e-3, 1e3):

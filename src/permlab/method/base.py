@@ -1,5 +1,6 @@
 """What every method has in common: phases, temperature, groups, and the statistics that are logged."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -140,7 +141,7 @@ class Method(nn.Module):
         soft = self.soft_matrix(items)
         if soft is None or self.group_size == 1:
             return torch.zeros((), device=self.start_order.device)
-        return torch.special.entr(soft.float()).sum(-1).mean() / torch.tensor(float(self.group_size)).log()
+        return torch.special.entr(soft.float()).sum(-1).mean() / math.log(self.group_size)
 
     def advantage(self, reward: Float[Tensor, "*b"]) -> Float[Tensor, "*c"]:
         """Reward minus baseline in the shape of `log_prob`, for methods whose samples have one."""

@@ -4,9 +4,10 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import Literal, get_args
+from functools import cache, partial
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-Backend = Literal["auto", "numba", "torch", "cuda"]
+BACKENDS = ("auto", "numba", "torch", "cuda")
 
 
 def selective_scan(
@@ -28,7 +29,7 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     *,
-    backend: Backend = "auto",
+    backend: str = "auto",
 ) -> Float[Tensor, "b d l"]:
     r"""Run every channel's state along the sequence and read it out at every token.
 
@@ -79,7 +80,7 @@ def selective_scan(
         return _scan_cuda(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     D, delta_bias = (u.new_zeros(u.shape[1]) if x is None else x for x in (D, delta_bias))
     dtype = torch.promote_types(u.dtype, torch.float32)
-    inputs = (None if x is None else x.to(dtype) for x in (u, delta, A, B, C, D, z, delta_bias))
+    inputs: list[Any] = [None if x is None else x.to(dtype) for x in (u, delta, A, B, C, D, z, delta_bias)]
     scan = _scan_numba if chosen == "numba" else _scan_torch
     return scan(*inputs, delta_softplus).to(u.dtype)
 
@@ -104,16 +105,21 @@ def _check_tensors(tensors: dict[str, Tensor]) -> None:
 
 def _choose(backend: str, tensors: Sequence[Tensor]) -> str:
     """The implementation to run; ValueError if the one asked for cannot."""
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend={backend!r} is none of {', '.join(get_args(Backend))}")
-    if backend == "torch":
-        return backend
     refusals = {"cuda": _cuda_refusal, "numba": _numba_refusal}
     if backend in refusals:
         if refusal := refusals[backend](tensors):
             raise ValueError(f"backend={backend!r}: {refusal}")
         return backend
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is none of {', '.join(BACKENDS)}")
+    if backend == "torch":
+        return backend
     return next((name for name, refusal in refusals.items() if refusal(tensors) is None), "torch")
+
+
+def _is_traced() -> bool:
+    """Whether torch.compile or torch.func is at work: their tensors have no memory to point a kernel at."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 # numba
@@ -122,22 +128,17 @@ def _choose(backend: str, tensors: Sequence[Tensor]) -> str:
 def _numba_refusal(tensors: Sequence[Tensor]) -> str | None:
     """Why the compiled kernel cannot read these tensors; None if it can."""
     if tensors[0].device.type != "cpu":
-        return f"reads tensors on a CPU, got {tensors[0].device}"
-    # Tracers and function transforms pass tensors that have no memory to point a kernel at.
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if traced or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
-        return "cannot be traced or transformed"
+        return f"it reads tensors on a CPU, got {tensors[0].device}"
+    if _is_traced() or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
+        return "it cannot be traced or transformed"
     return None
 
 
 class _NumbaScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, delta_softplus: bool, *inputs: Tensor) -> Tensor:  # type: ignore[override]
-        num_tokens, num_states = inputs[0].shape[-1], inputs[2].shape[-1]
-        # At most sqrt(l) checkpoints, and never many more numbers than u has.
-        ctx.stride = min(num_tokens, max(num_states, math.isqrt(num_tokens)))
         ctx.delta_softplus = delta_softplus
-        y, checkpoints = _forward_numba(inputs, delta_softplus, ctx.stride, keep=True)
+        y, checkpoints = _forward_numba(inputs, delta_softplus, keep=True)
         ctx.save_for_backward(*inputs, checkpoints)
         return y
 
@@ -145,7 +146,7 @@ class _NumbaScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *inputs, checkpoints = ctx.saved_tensors
-        return None, *_backward_numba(inputs, ctx.delta_softplus, checkpoints, ctx.stride, grad)
+        return None, *_backward_numba(inputs, ctx.delta_softplus, checkpoints, grad)
 
 
 def _scan_numba(
@@ -162,47 +163,50 @@ def _scan_numba(
     inputs = (u, delta, A, B, C, D, u.new_empty(0, 0, 0) if z is None else z, delta_bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         return _NumbaScan.apply(delta_softplus, *inputs)
-    return _forward_numba(inputs, delta_softplus, stride=min(u.shape[-1], 16), keep=False)[0]
+    return _forward_numba(inputs, delta_softplus, keep=False)[0]
 
 
-def _forward_numba(inputs: Sequence[Tensor], softplus: bool, stride: int, keep: bool) -> tuple[Tensor, Tensor]:
-    """The result, and every `stride`-th state if those are to be kept."""
+def _forward_numba(inputs: Sequence[Tensor], softplus: bool, *, keep: bool) -> tuple[Tensor, Tensor]:
+    """The result, and the state before every chunk if those are to be kept."""
     from permlab.ops.selective_scan_kernel import LANES, compiled
 
-    u, num_states = inputs[0], inputs[2].shape[-1]
-    b, num_channels, num_tokens = u.shape
-    num_groups = -(-num_channels // LANES)
-    y = torch.empty_like(u)
-    checkpoints = u.new_empty(b, num_groups, -(-num_tokens // stride) if keep else 0, num_states, LANES)
     arrays = [tensor.detach().numpy() for tensor in inputs]
-    forward, _ = compiled(arrays[0].dtype)
-    _run_tasks(
-        forward, b * num_groups, u.numel() * num_states, *arrays, softplus, y.numpy(), checkpoints.numpy(), stride
-    )
-    return y, checkpoints
+    u, num_states = arrays[0], arrays[2].shape[1]
+    b, num_channels, num_tokens = u.shape
+    num_groups, size = -(-num_channels // LANES), _chunk_size(num_tokens, num_states)
+    num_checkpoints = -(-num_tokens // size) if keep else 0
+    y = np.empty_like(u)
+    checkpoints = np.empty((b, num_groups, num_checkpoints, num_states, LANES), u.dtype)
+    forward, _ = compiled(u.dtype)
+    _run_tasks(forward, b * num_groups, u.size * num_states, *arrays, softplus, y, checkpoints, size)
+    return torch.from_numpy(y), torch.from_numpy(checkpoints)
 
 
-def _backward_numba(
-    inputs: Sequence[Tensor], softplus: bool, checkpoints: Tensor, stride: int, grad: Tensor
-) -> tuple[Tensor, ...]:
-    """Gradients of the eight inputs; the kernel leaves sums over sequences and channel groups to do."""
+def _backward_numba(inputs: Sequence[Tensor], softplus: bool, checkpoints: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of the eight inputs; sums over sequences and channel groups are done here, in one thread."""
     from permlab.ops.selective_scan_kernel import compiled
 
-    u, delta, z = inputs[0], inputs[1], inputs[6]
-    b, num_groups, _, num_states, lanes = checkpoints.shape
-    num_channels, num_tokens = u.shape[1:]
-    grad_u, grad_delta, grad_z = torch.empty_like(u), torch.empty_like(delta), torch.empty_like(z)
-    grad_A = u.new_zeros(b, num_groups, num_states, lanes)
-    grad_B, grad_C = u.new_empty(2, b, num_groups, num_states, num_tokens)
-    grad_D, grad_bias = u.new_zeros(2, b, num_groups, lanes)
     arrays = [tensor.detach().numpy() for tensor in inputs]
-    results = [t.numpy() for t in (grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias)]
-    _, backward = compiled(arrays[0].dtype)
-    work = u.numel() * num_states
-    _run_tasks(backward, b * num_groups, work, *arrays, softplus, checkpoints.numpy(), stride, grad.numpy(), *results)
-    by_state = grad_A.sum(0).transpose(0, 1).flatten(1)[:, :num_channels]
-    of_D, of_bias = (part.sum(0).flatten()[:num_channels] for part in (grad_D, grad_bias))
-    return grad_u, grad_delta, by_state.T, grad_B.sum(1), grad_C.sum(1), of_D, grad_z, of_bias
+    u, delta, z = arrays[0], arrays[1], arrays[6]
+    b, num_groups, _, num_states, lanes = checkpoints.shape
+    _, num_channels, num_tokens = u.shape
+    grad_u, grad_delta, grad_z = np.empty_like(u), np.empty_like(delta), np.empty_like(z)
+    grad_A = np.zeros((b, num_groups, num_states, lanes), u.dtype)
+    grad_B, grad_C = np.empty((2, b, num_groups, num_states, num_tokens), u.dtype)
+    grad_D, grad_bias = np.zeros((2, b, num_groups, lanes), u.dtype)
+    results = (grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias)
+    given = (*arrays, softplus, checkpoints.numpy(), _chunk_size(num_tokens, num_states), grad.numpy())
+    _, backward = compiled(u.dtype)
+    _run_tasks(backward, b * num_groups, u.size * num_states, *given, *results)
+    sum_A = grad_A.sum(0).swapaxes(0, 1).reshape(num_states, -1)[:, :num_channels].T
+    sum_D, sum_bias = (part.sum(0).reshape(-1)[:num_channels] for part in (grad_D, grad_bias))
+    gradients = (grad_u, grad_delta, sum_A, grad_B.sum(1), grad_C.sum(1), sum_D, grad_z, sum_bias)
+    return tuple(torch.from_numpy(gradient) for gradient in gradients)
+
+
+def _chunk_size(num_tokens: int, num_states: int) -> int:
+    """Tokens between checkpoints: at most sqrt(l) of these, together at most about as large as the input."""
+    return min(num_tokens, max(num_states, math.isqrt(num_tokens)))
 
 
 def _run_tasks(kernel: Callable[..., None], num_tasks: int, work: int, *arguments: object) -> None:
@@ -243,19 +247,19 @@ def _scan_torch(
     delta_bias: Float[Tensor, " d"],
     delta_softplus: bool,
 ) -> Float[Tensor, "b d l"]:
-    """The scan chunk by chunk; only the states between chunks are kept for the backward pass."""
+    """The scan chunk by chunk; where gradients are wanted, only the states between chunks are kept for them."""
     delta = delta + delta_bias.unsqueeze(-1)
     if delta_softplus:
         delta = F.softplus(delta)
     size = max(1, math.isqrt(u.shape[-1]))
     state = u.new_zeros(u.shape[0], *A.shape)
+    recompute = torch.is_grad_enabled() and not _is_traced()
     outputs = []
     for chunk in zip(*(tensor.split(size, dim=-1) for tensor in (u, delta, B, C)), strict=True):
-        arguments = (state, A, *chunk)
-        if torch._C._are_functorch_transforms_active():
-            output, state = _scan_chunk(*arguments)  # saved-tensor hooks, hence checkpoints, are not for them
+        if recompute:
+            output, state = checkpoint(_scan_chunk, state, A, *chunk, use_reentrant=False, preserve_rng_state=False)
         else:
-            output, state = checkpoint(_scan_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
+            output, state = _scan_chunk(state, A, *chunk)
         outputs.append(output)
     y = torch.cat(outputs, dim=-1) + u * D.unsqueeze(-1)
     return y if z is None else y * F.silu(z)
@@ -288,44 +292,40 @@ def _cuda_refusal(tensors: Sequence[Tensor]) -> str | None:
     """Why mamba_ssm's kernel is not used for these tensors; None if it is."""
     u = tensors[0]
     if u.device.type != "cuda":
-        return f"reads tensors on a CUDA device, got {u.device}"
+        return f"it reads tensors on a CUDA device, got {u.device}"
     if u.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"has no {u.dtype}"
-    return _kernel_refusal(u.device)
+        return f"it has no {u.dtype}"
+    if _is_traced():
+        return "it cannot be traced or transformed"
+    return _probe(u.device)
 
 
 @cache
-def _kernel_refusal(device: torch.device) -> str | None:
-    """Import the kernel and probe it on a device, once per process."""
+def _probe(device: torch.device) -> str | None:
+    """Import mamba_ssm's kernel and try it on a device, once per process; None if all is well."""
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     except (ImportError, OSError, RuntimeError) as error:
-        return f"mamba_ssm does not import: {error}"
-    return _probe(selective_scan_fn, device)
-
-
-def _probe(kernel: Callable[..., Tensor], device: torch.device) -> str | None:
-    """Compare a kernel with our scan on a tiny example, result and gradients; None if they agree."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((2, 4, 7), (2, 4, 7), (4, 3), (2, 3, 7), (2, 3, 7), (4,), (2, 4, 7), (4,))
-    values = [torch.randn(shape, generator=generator) for shape in shapes]
-    values[2] = -values[2].abs()
-
-    def outcome(scan: Callable[..., Tensor], place: torch.device) -> list[Tensor]:
-        inputs = [value.to(place).requires_grad_() for value in values]
-        y = scan(*inputs, delta_softplus=True)
-        return [tensor.detach().cpu() for tensor in (y, *torch.autograd.grad(y.square().sum(), inputs))]
-
-    expected = outcome(
-        lambda *inputs, **options: selective_scan(*inputs, **options, backend="torch"), torch.device("cpu")
-    )
+        return f"mamba_ssm cannot be imported: {error}"
     try:
-        got = outcome(kernel, device)
+        got = _try_out(selective_scan_fn, device)
     except (RuntimeError, TypeError) as error:
         return f"mamba_ssm's kernel fails: {error}"
+    expected = _try_out(partial(selective_scan, backend="torch"), torch.device("cpu"))
     if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(got, expected, strict=True)):
-        return "mamba_ssm's kernel gives another result than this scan"
+        return "mamba_ssm's kernel gives another result than ours"
     return None
+
+
+def _try_out(scan: Callable[..., Tensor], device: torch.device) -> list[Tensor]:
+    """Result and gradients of a tiny scan, on the CPU; the first call may come from inside no_grad or autocast."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, 7), (2, 4, 7), (4, 3), (2, 3, 7), (2, 3, 7), (4,), (2, 4, 7), (4,))
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        inputs = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+        inputs[2] = -inputs[2].abs()
+        y = scan(*(tensor.requires_grad_() for tensor in inputs), delta_softplus=True)
+        return [tensor.detach().cpu() for tensor in (y, *torch.autograd.grad(y.square().sum(), inputs))]
 
 
 def _scan_cuda(

@@ -15,8 +15,9 @@ Nothing here is checked: shapes and types are the caller's duty.
 """
 
 import math
+from collections.abc import Callable
 from functools import cache
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import numpy as np
 from numba import boolean, from_dtype, int64, njit, types, void
@@ -26,8 +27,12 @@ LANES = 64
 _LOG2_E = math.log2(math.e)
 
 # Reassociation lets sums over lanes be vectorised; NaN and infinity keep their meaning.
-_OPTIONS = {"fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy", "no_cfunc_wrapper": True}
-_piece = njit(no_cpython_wrapper=True, **_OPTIONS)
+_OPTIONS: dict[str, Any] = {
+    "fastmath": {"contract", "reassoc", "nsz"},
+    "error_model": "numpy",
+    "no_cfunc_wrapper": True,
+}
+_piece = njit(**_OPTIONS | {"no_cpython_wrapper": True})
 
 
 # Elementary functions: the ones of the C library do not vectorise.
@@ -53,23 +58,23 @@ def _make_exp2(real, integer, mantissa, degree):
     """Right to about one unit in the last place.
 
     x = n + r with |r| <= 1/2. Adding `magic` puts n into the low bits of the mantissa, from where
-    a shift moves it into the exponent; 2^r is a Taylor polynomial.
+    a shift moves it into the exponent; 2^r is a Taylor polynomial. At the bounds r = 0 and the
+    bits come out as exactly 0 and infinity.
     """
     coefficients = np.array([math.log(2) ** k / math.factorial(k) for k in range(degree, -1, -1)], real)
     num_coefficients = degree + 1
     magic, shift = real(1.5 * 2**mantissa), integer(mantissa)
-    smallest, largest = real(np.finfo(real).minexp), real(np.finfo(real).maxexp)
-    zero, infinity = real(0), real(np.inf)
+    lowest, highest = real(np.finfo(real).minexp - 1), real(np.finfo(real).maxexp)
 
     def compiled(x):
+        x = lowest if x < lowest else x
+        x = highest if x > highest else x
         rounded = x + magic
         r = x - (rounded - magic)
         p = coefficients[0]
         for k in range(1, num_coefficients):
             p = p * r + coefficients[k]
-        bits = integer(real(p).view(integer) + (real(rounded).view(integer) << shift))
-        p = zero if x < smallest else bits.view(real)
-        return infinity if x >= largest else p
+        return integer(real(p).view(integer) + (real(rounded).view(integer) << shift)).view(real)
 
     return compiled
 
@@ -412,19 +417,21 @@ def _backward(
 
 
 @cache
-def compiled(dtype):
-    """The forward and the backward kernel for a numpy dtype; machine code is kept on disk where that can be written."""
+def compiled(dtype: np.dtype) -> tuple[Callable[..., None], Callable[..., None]]:
+    """The forward and the backward kernel for float32 or float64."""
     real = from_dtype(dtype)
-    tensor, matrix, vector, parts = real[:, :, :], real[:, :], real[:], real[:, :, :, ::1]
+    tensor, matrix, vector = real[:, :, :], real[:, :], real[:]
+    checkpoints, parts, rows = real[:, :, :, :, ::1], real[:, :, :, ::1], real[:, :, ::1]
     inputs = (int64, int64, tensor, tensor, matrix, tensor, tensor, vector, tensor, vector, boolean)
-    partials = (real[:, :, :, ::1], parts, parts, real[:, :, ::1], tensor, real[:, :, ::1])
-    forward = void(*inputs, tensor, real[:, :, :, :, ::1], int64)
-    backward = void(*inputs, real[:, :, :, :, ::1], int64, tensor, tensor, tensor, *partials)
+    gradients = (tensor, tensor, parts, parts, parts, rows, tensor, rows)
+    forward = void(*inputs, tensor, checkpoints, int64)
+    backward = void(*inputs, checkpoints, int64, tensor, *gradients)
     return _compile(_forward, forward), _compile(_backward, backward)
 
 
 @no_type_check
 def _compile(function, signature):
+    """Compile now, or load the machine code of an earlier process where some cache directory can be written."""
     try:
         return njit(signature, cache=True, nogil=True, **_OPTIONS)(function)
     except RuntimeError:

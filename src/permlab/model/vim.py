@@ -1,0 +1,190 @@
+"""Vision Mamba: a bidirectional state-space model over patches."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from permlab.data.spec import DataSpec
+from permlab.model.base import Backbone, free_of_decay
+from permlab.ops.selective_scan import selective_scan
+from permlab.option import Dropout, PositiveInt
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+
+
+class Vim(Backbone):
+    """Vision Mamba: patches, a class token in the middle, and blocks that scan both ways.
+
+    Every state-space layer forgets with distance, so the logits depend on the order of the items
+    whatever the position table.
+
+    Shapes:
+        b: images.  n: patches.  d: width.
+    Args:
+        spec: shape of the images.
+        patch_size: side of a patch in pixels.
+        width: length of a token's feature vector.
+        depth: number of blocks.
+        num_states: states per channel of the scan.
+        expand: channels of the scan, in multiples of `width`.
+        conv_kernel: taps of the causal depthwise convolution in front of the scan.
+        drop_path: probability of leaving out the last block in training; linear from 0 at the first.
+        position: where the learned position table is added: to the item, to the slot, or nowhere.
+        readout: features of the class token in the middle, mean over the slots, or of the last slot.
+        direction: `bidirectional`, or `forward`, in which a slot hears only of those before it.
+    Raises:
+        ValueError: if the patch size does not divide the image.
+    Source: Zhu et al. 2024, arXiv:2401.09417 (bidirectional block, class token, halved sum of the
+        directions); Gu and Dao 2023, arXiv:2312.00752 (block and initialisation).
+    Differs from source: the position table may be added by slot, or left out, and there is a class
+        token only where it is read. Parameter names are those of `mamba_ssm.Mamba` and of Vim.
+    Cost: O(b depth n d (d + num_states)) time.
+    Example:
+        >>> spec = DataSpec(kind="image", num_classes=10, channels=1, height=8, width=8)
+        >>> vim = Vim(spec, patch_size=4, width=8, depth=1, num_states=4, expand=2, conv_kernel=4, drop_path=0.0,
+        ...           position="item", readout="cls", direction="bidirectional")
+        >>> vim(torch.rand(3, 1, 8, 8)).shape
+        torch.Size([3, 10])
+    """
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        *,
+        patch_size: PositiveInt,
+        width: PositiveInt,
+        depth: PositiveInt,
+        num_states: PositiveInt,
+        expand: PositiveInt,
+        conv_kernel: PositiveInt,
+        drop_path: Dropout,
+        position: Literal["item", "slot", "none"],
+        readout: Literal["cls", "mean", "last"],
+        direction: Literal["bidirectional", "forward"],
+    ) -> None:
+        super().__init__()
+        self.set_grid(spec, patch_size)
+        self.num_features = width
+        self.position, self.readout = position, readout
+        self.patch_embed = nn.Conv2d(spec.channels, width, patch_size, stride=patch_size)
+        rates = [drop_path * index / max(1, depth - 1) for index in range(depth)]
+        self.blocks = nn.ModuleList(
+            Block(Mixer(width, num_states, expand, conv_kernel, direction, depth=depth), width, rate) for rate in rates
+        )
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.head = nn.Linear(width, spec.num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        self.cls_token = _table(1, width) if readout == "cls" else None
+        num_positions = self.num_items + (readout == "cls")
+        self.pos_embed = _table(num_positions, width) if position != "none" else None
+
+    def embed(self, inputs: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+        items = self.patch_embed(inputs).flatten(2).mT
+        return self._add_positions(items) if self.position == "item" else items
+
+    def encode(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
+        tokens = self._add_positions(items) if self.position == "slot" else items
+        middle = self.num_items // 2
+        if self.cls_token is not None:
+            # The table's last entry is the class token's.
+            token = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, -1:]
+            tokens = torch.cat([tokens[:, :middle], token.expand(len(tokens), -1, -1), tokens[:, middle:]], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        features = self.norm(tokens)
+        if self.readout == "mean":
+            return features.mean(1)
+        return features[:, middle if self.readout == "cls" else -1]
+
+    def _add_positions(self, items: Tensor) -> Tensor:
+        assert self.pos_embed is not None
+        return items + self.pos_embed[:, : self.num_items]
+
+
+class Block(nn.Module):
+    """Pre-norm residual block around a mixer."""
+
+    def __init__(self, mixer: "Mixer", width: int, drop_path: float) -> None:
+        super().__init__()
+        self.norm, self.mixer = nn.RMSNorm(width, eps=1e-5), mixer
+        self.drop_path: nn.Module = nn.Identity()
+        if drop_path > 0:
+            from timm.layers import DropPath  # seconds to import, and rarely wanted
+
+            self.drop_path = DropPath(drop_path)
+
+    def forward(self, tokens: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
+        return tokens + self.drop_path(self.mixer(self.norm(tokens)))
+
+
+class Mixer(nn.Module):
+    """Gated selective scan, forward and, with its own convolution and scan parameters, backward.
+
+    Parameters of the backward direction have Vim's names: `conv1d_b`, `x_proj_b`, `dt_proj_b`,
+    `A_b_log`, `D_b`. Projections in and out are shared.
+    """
+
+    def __init__(
+        self, width: int, num_states: int, expand: int, conv_kernel: int, direction: str, *, depth: int
+    ) -> None:
+        super().__init__()
+        inner = expand * width
+        self.dt_rank, self.num_states = math.ceil(width / 16), num_states
+        self.suffixes = ("", "_b") if direction == "bidirectional" else ("",)
+        self.in_proj = nn.Linear(width, 2 * inner, bias=False)
+        for suffix in self.suffixes:
+            conv = nn.Conv1d(inner, inner, conv_kernel, groups=inner, padding=conv_kernel - 1)
+            x_proj = nn.Linear(inner, self.dt_rank + 2 * num_states, bias=False)
+            rates = torch.arange(1, num_states + 1, dtype=torch.float32).log().repeat(inner, 1)
+            setattr(self, f"conv1d{suffix}", conv)
+            setattr(self, f"x_proj{suffix}", x_proj)
+            setattr(self, f"dt_proj{suffix}", _step_projection(self.dt_rank, inner))
+            setattr(self, "A_log" if not suffix else "A_b_log", free_of_decay(nn.Parameter(rates)))
+            setattr(self, f"D{suffix}", free_of_decay(nn.Parameter(torch.ones(inner))))
+        self.out_proj = nn.Linear(inner, width, bias=False)
+        with torch.no_grad():
+            self.out_proj.weight /= math.sqrt(depth)
+
+    def forward(self, tokens: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
+        x, z = self.in_proj(tokens).mT.chunk(2, dim=1)
+        y = self._scan(x, z, "")
+        if len(self.suffixes) == 2:
+            y = (y + self._scan(x.flip(-1), z.flip(-1), "_b").flip(-1)) / 2
+        return self.out_proj(y.mT)
+
+    def _scan(self, x: Float[Tensor, "b e l"], z: Float[Tensor, "b e l"], suffix: str) -> Float[Tensor, "b e l"]:
+        conv, x_proj, dt_proj = (getattr(self, f"{name}{suffix}") for name in ("conv1d", "x_proj", "dt_proj"))
+        rates = self.A_log if not suffix else self.A_b_log
+        u = F.silu(conv(x)[..., : x.shape[-1]])
+        step, B, C = x_proj(u.mT).mT.split([self.dt_rank, self.num_states, self.num_states], dim=1)
+        return selective_scan(
+            u,
+            dt_proj.weight @ step,
+            -rates.float().exp() if rates.dtype != torch.float64 else -rates.exp(),
+            B,
+            C,
+            getattr(self, f"D{suffix}"),
+            z=z,
+            delta_bias=dt_proj.bias,
+            delta_softplus=True,
+        )
+
+
+def _table(length: int, width: int) -> nn.Parameter:
+    return free_of_decay(nn.Parameter(nn.init.trunc_normal_(torch.empty(1, length, width), std=0.02)))
+
+
+def _step_projection(rank: int, inner: int) -> nn.Linear:
+    """Projection to step sizes; its bias makes softplus start log-uniform between `DT_MIN` and `DT_MAX`."""
+    projection = nn.Linear(rank, inner)
+    nn.init.uniform_(projection.weight, -(rank**-0.5), rank**-0.5)
+    low, high = math.log(DT_MIN), math.log(DT_MAX)
+    step = torch.exp(torch.rand(inner) * (high - low) + low).clamp(min=DT_FLOOR)
+    with torch.no_grad():
+        projection.bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
+    return projection
