@@ -47,14 +47,10 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.C
         "trainer=ddp",
         "trainer.accelerator=cpu",
         "trainer.max_steps=6",
-        "method=reorder",
-        "method.baseline=ema",
-        "method.temperature=0.3",
-        "method.num_samples=2",
-        "method.warmup_fraction=0.2",
         "logger.mode=disabled",
         "data.batch_size=32",
     ]
+    words += ["method=reorder", "method.baseline=ema", "method.num_samples=2", "method.warmup_fraction=0.2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(folder / "script.py"), *words, f"paths.runs={folder / 'runs'}"]
     return folder, subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=240)

@@ -74,7 +74,7 @@ def test_the_mixer_is_its_definition(direction: str) -> None:
         torch.testing.assert_close(found, (mixer.out_proj.weight @ y).T, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize(("position", "readout", "direction"), itertools.product(POSITIONS, READOUTS, DIRECTIONS))
+@pytest.mark.parametrize(("position", "readout", "direction"), [*itertools.product(POSITIONS, READOUTS, DIRECTIONS)])
 def test_every_setting_depends_on_the_order_and_reaches_every_parameter(
     position: str, readout: str, direction: str
 ) -> None:

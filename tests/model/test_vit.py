@@ -30,7 +30,7 @@ def scatter(model):
     return model.double().eval()
 
 
-@pytest.mark.parametrize(("position", "readout"), itertools.product(POSITIONS, ("cls", "mean")))
+@pytest.mark.parametrize(("position", "readout"), [*itertools.product(POSITIONS, ("cls", "mean"))])
 def test_in_raster_order_it_is_timms_own_model(position, readout):
     pooling = {"global_pool": "token"} if readout == "cls" else {"global_pool": "avg", "class_token": False}
     oracle = VisionTransformer(
@@ -44,7 +44,7 @@ def test_in_raster_order_it_is_timms_own_model(position, readout):
     torch.testing.assert_close(model(images), oracle(images), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("position", "readout"), itertools.product(POSITIONS, READOUTS))
+@pytest.mark.parametrize(("position", "readout"), [*itertools.product(POSITIONS, READOUTS)])
 def test_which_settings_depend_on_the_order(position, readout):
     model = scatter(vit(position=position, readout=readout))
     items = model.embed(torch.rand(3, 2, 4, 6, dtype=torch.float64))
@@ -146,7 +146,7 @@ def test_presets_have_the_published_sizes(name, num_parameters):
     assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
 
 
-@pytest.mark.parametrize(("position", "readout"), itertools.product(POSITIONS, READOUTS))
+@pytest.mark.parametrize(("position", "readout"), [*itertools.product(POSITIONS, READOUTS)])
 def test_gradients_reach_every_parameter(position, readout):
     model = vit(position=position, readout=readout)
     model(torch.rand(3, 2, 4, 6)).square().sum().backward()

@@ -82,7 +82,7 @@ def selective_scan(
     dtype = torch.promote_types(u.dtype, torch.float32)
     inputs: list[Any] = [None if x is None else x.to(dtype) for x in (u, delta, A, B, C, D, z, delta_bias)]
     scan = _scan_numba if chosen == "numba" else _scan_torch
-    return scan(*inputs, delta_softplus).to(u.dtype)
+    return scan(*inputs, delta_softplus=delta_softplus).to(u.dtype)
 
 
 def _check_tensors(tensors: dict[str, Tensor]) -> None:
@@ -158,6 +158,7 @@ def _scan_numba(
     D: Float[Tensor, " d"],
     z: Float[Tensor, "b d l"] | None,
     delta_bias: Float[Tensor, " d"],
+    *,
     delta_softplus: bool,
 ) -> Float[Tensor, "b d l"]:
     inputs = (u, delta, A, B, C, D, u.new_empty(0, 0, 0) if z is None else z, delta_bias)
@@ -245,6 +246,7 @@ def _scan_torch(
     D: Float[Tensor, " d"],
     z: Float[Tensor, "b d l"] | None,
     delta_bias: Float[Tensor, " d"],
+    *,
     delta_softplus: bool,
 ) -> Float[Tensor, "b d l"]:
     """The scan chunk by chunk; where gradients are wanted, only the states between chunks are kept for them."""

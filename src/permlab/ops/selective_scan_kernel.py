@@ -368,21 +368,11 @@ def _backward(
     """
     num_tokens, num_states = u.shape[2], A.shape[1]
     num_groups = (u.shape[1] + LANES - 1) // LANES
-    tile, plane = (stride, LANES), (num_states, LANES)
     weight, offset = np.empty(LANES, u.dtype), np.empty(LANES, u.dtype)
-    rate, grad_state = np.empty(plane, u.dtype), np.empty(plane, u.dtype)
-    u_tile, delta_tile, y_tile, z_tile = (
-        np.empty(tile, u.dtype),
-        np.empty(tile, u.dtype),
-        np.empty(tile, u.dtype),
-        np.empty(tile, u.dtype),
-    )
-    push, slope, by_exponent, by_push = (
-        np.empty(tile, u.dtype),
-        np.empty(tile, u.dtype),
-        np.empty(tile, u.dtype),
-        np.empty(tile, u.dtype),
-    )
+    rate, grad_state = np.empty((num_states, LANES), u.dtype), np.empty((num_states, LANES), u.dtype)
+    u_tile, delta_tile = np.empty((stride, LANES), u.dtype), np.empty((stride, LANES), u.dtype)
+    y_tile, z_tile, push = np.empty_like(u_tile), np.empty_like(u_tile), np.empty_like(u_tile)
+    slope, by_exponent, by_push = np.empty_like(u_tile), np.empty_like(u_tile), np.empty_like(u_tile)
     states = np.empty((stride + 1, num_states, LANES), u.dtype)
     decays = np.empty((stride, num_states, LANES), u.dtype)
     for task in range(first, last):
@@ -434,5 +424,5 @@ def _compile(function, signature):
     """Compile now, or load the machine code of an earlier process where some cache directory can be written."""
     try:
         return njit(signature, cache=True, nogil=True, **_OPTIONS)(function)
-    except RuntimeError:
+    except (RuntimeError, OSError):
         return njit(signature, nogil=True, **_OPTIONS)(function)
