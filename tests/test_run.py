@@ -97,6 +97,21 @@ def test_eval_prints_the_same_numbers(finished: Result, capsys: pytest.CaptureFi
     assert out.splitlines()[-1] == f"run: {finished.run_dir}"
 
 
+def test_eval_uploads_a_finished_run(
+    finished: Result, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(permlab.run, "replay", lambda run_dir: len(finished.metrics))
+    assert main("eval", [f"run={finished.run_dir}", "upload=true"]) == 0
+    assert f"uploaded {STEPS} rows" in capsys.readouterr().out
+
+    def refuse(run_dir: Path) -> int:
+        raise PermissionError("not logged in")
+
+    monkeypatch.setattr(permlab.run, "replay", refuse)
+    assert main("eval", [f"run={finished.run_dir}", "upload=true"]) == 2
+    assert "error: upload=true: PermissionError: not logged in" in capsys.readouterr().err
+
+
 def test_the_picked_model_is_the_best_on_validation(finished: Result, capsys: pytest.CaptureFixture[str]) -> None:
     best = max(line["val/accuracy"] for line in finished.metrics if "val/accuracy" in line)
     assert finished.summary["val/accuracy"] == pytest.approx(best)

@@ -231,22 +231,19 @@ def _forced(override: Override, name: str) -> str:
 
 
 def _check_eval(config: dict[str, Any]) -> dict[str, Any]:
-    problems = [
-        f"{key}={value}: unknown key{nearest(key, ['run', 'split'])}"
-        for key, value in config.items()
-        if key not in ("run", "split")
-    ]
-    run = config.get("run")
+    valid = ("run", "split", "upload")
+    problems = [f"{key}={config[key]}: unknown key{nearest(key, [*valid])}" for key in config if key not in valid]
+    run, split, upload = (config.get(key) for key in valid)
     if run == "???":
         problems.append("run: missing, expected a run directory")
     elif not Path(str(run), "config.yaml").is_file():
         problems.append(f"run={run}: not a run directory (no config.yaml){_nearest_run(str(run))}")
     elif not Path(str(run), "checkpoints", "best.ckpt").is_file():
         problems.append(f"run={run}: no checkpoints/best.ckpt; the run has not validated yet")
-    if config.get("split") not in ("val", "test"):
-        problems.append(
-            f"split={config.get('split')}: expected val or test{nearest(config.get('split'), ['val', 'test'])}"
-        )
+    if split not in ("val", "test"):
+        problems.append(f"split={split}: expected val or test{nearest(split, ['val', 'test'])}")
+    if not isinstance(upload, bool):
+        problems.append(f"upload={upload}: expected true or false")
     if problems:
         raise ConfigError(problems)
     return config

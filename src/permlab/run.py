@@ -40,7 +40,7 @@ from permlab.rundir import (
     write_npz,
 )
 from permlab.task.base import Task
-from permlab.tracking import RunLogger
+from permlab.tracking import RunLogger, replay
 
 # Parameters; below this one thread is fastest.
 SMALL_MODEL = 10_000
@@ -74,7 +74,9 @@ def evaluate(config: Config) -> Summary:
     """Test the picked checkpoint of a finished run again and print its numbers.
 
     Args:
-        config: `run`, a run directory, and `split`.
+        config: `run`, a run directory; `split`; `upload`, whether to send its files to W&B.
+    Raises:
+        ConfigError: if the run's checkpoint or dataset cannot be read, or the upload fails.
     """
     run_dir = Path(config["run"])
     settings = yaml.safe_load((run_dir / "config.yaml").read_text())
@@ -83,8 +85,18 @@ def evaluate(config: Config) -> Summary:
     summary = evaluate_best(settings, run_dir, task, data, split=config["split"])
     for name, value in summary.items():
         print(f"{name:<28} {value:.8g}")
+    if config["upload"]:
+        _upload(run_dir)
     print(f"run: {run_dir}")
     return summary
+
+
+def _upload(run_dir: Path) -> None:
+    try:
+        count = replay(run_dir)
+    except Exception as error:  # of the network, the account or W&B itself; the run's files are untouched
+        raise ConfigError(f"upload=true: {type(error).__name__}: {error}") from error
+    print(f"uploaded {count} rows")
 
 
 def run_once(config: Config, *, announce: bool = False) -> Summary:

@@ -129,6 +129,9 @@ class Mixer(nn.Module):
     `A_b_log`, `D_b`. Projections in and out are shared.
     """
 
+    A_log: nn.Parameter
+    A_b_log: nn.Parameter
+
     def __init__(
         self, width: int, num_states: int, expand: int, conv_kernel: int, direction: str, *, depth: int
     ) -> None:

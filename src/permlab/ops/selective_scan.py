@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 BACKENDS = ("auto", "numba", "torch", "cuda")
@@ -143,8 +142,9 @@ class _NumbaScan(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise RuntimeError("backend='numba' has no second derivatives; with create_graph=True use backend='torch'")
         *inputs, checkpoints = ctx.saved_tensors
         return None, *_backward_numba(inputs, ctx.delta_softplus, checkpoints, grad)
 
