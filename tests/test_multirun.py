@@ -28,6 +28,15 @@ def test_a_failed_job_does_not_stop_the_others(tmp_path: Path, capfd: pytest.Cap
     assert "+-" in rows[-1]
 
 
+def test_data_parallel_jobs_do_not_repeat_the_sweep(tmp_path: Path) -> None:
+    """In one process, a job's second rank would run the whole sweep again, and its rank reach the next job."""
+    words = ["trainer=ddp", "trainer.accelerator=cpu", "task.control=false", "trainer.max_steps=2", "seed=0,1"]
+    assert main("train", ["-m", *SHORT, f"paths.runs={tmp_path}", *words]) == 0
+    done = list(tmp_path.rglob("DONE"))
+    assert sorted(path.parent.name[:6] for path in done) == ["seed=0", "seed=1"]
+    assert len(list(tmp_path.rglob("config.yaml"))) == 2
+
+
 def test_a_sweep_without_one_usable_job_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = main("train", ["-m", f"paths.runs={tmp_path / 'runs'}", "method=sinkhron", "seed=0,1"])
     assert code == 2

@@ -283,7 +283,9 @@ def help_text(name: str) -> str:
 
 
 def _first_comment(path: Path) -> str:
-    first = path.read_text().splitlines()[0]
+    """The first comment line that is no package directive of Hydra's, which has to come first."""
+    lines = (line for line in path.read_text().splitlines() if not line.startswith("# @"))
+    first = next(lines, "")
     return first.lstrip("# ") if first.startswith("#") else ""
 
 

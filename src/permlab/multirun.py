@@ -13,11 +13,10 @@ import statistics
 import sys
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from permlab.config import digest, run_directory
+from permlab.config import CONF, digest, run_directory
 from permlab.errors import ConfigError
 from permlab.rundir import is_done, read_summary
 
@@ -62,8 +61,8 @@ def run_isolated(name: str, job: Sequence[str]) -> int:
     """Exit code of one job, run in a process forked from the preloaded server."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["permlab.run"])
-    # Lightning's launcher starts further ranks from sys.argv, so the job needs the script's path.
-    script = str(Path(sys.argv[0]).resolve()) if sys.argv[0].endswith(".py") else f"{name}.py"
+    # Lightning's launcher starts further ranks from sys.argv.
+    script = str(CONF.parent / f"{name}.py")
     process = context.Process(target=_job, args=(name, script, list(job), dict(os.environ)))
     process.start()
     previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())

@@ -169,15 +169,15 @@ def _scan_numba(
 
 def _forward_numba(inputs: Sequence[Tensor], softplus: bool, *, keep: bool) -> tuple[Tensor, Tensor]:
     """The result, and the state before every chunk if those are to be kept."""
-    from permlab.ops.selective_scan_kernel import LANES, compiled
+    from permlab.ops.selective_scan_kernel import compiled
 
     arrays = [tensor.detach().numpy() for tensor in inputs]
     u, num_states = arrays[0], arrays[2].shape[1]
     b, num_channels, num_tokens = u.shape
-    num_groups, size = -(-num_channels // LANES), _chunk_size(num_tokens, num_states)
-    num_checkpoints = -(-num_tokens // size) if keep else 0
+    lanes, size = 64 if num_channels > 32 else 32, _chunk_size(num_tokens, num_states)
+    num_groups, num_checkpoints = -(-num_channels // lanes), -(-num_tokens // size) if keep else 0
     y = np.empty_like(u)
-    checkpoints = np.empty((b, num_groups, num_checkpoints, num_states, LANES), u.dtype)
+    checkpoints = np.empty((b, num_groups, num_checkpoints, num_states, lanes), u.dtype)
     forward, _ = compiled(u.dtype)
     _run_tasks(forward, b * num_groups, u.size * num_states, *arrays, softplus, y, checkpoints, size)
     return torch.from_numpy(y), torch.from_numpy(checkpoints)
@@ -206,8 +206,8 @@ def _backward_numba(inputs: Sequence[Tensor], softplus: bool, checkpoints: Tenso
 
 
 def _chunk_size(num_tokens: int, num_states: int) -> int:
-    """Tokens between checkpoints: at most sqrt(l) of these, together at most about as large as the input."""
-    return min(num_tokens, max(num_states, math.isqrt(num_tokens)))
+    """Tokens between checkpoints: at most sqrt(l) of these, together about as large as one input or smaller."""
+    return min(num_tokens, max(16, num_states, math.isqrt(num_tokens)))
 
 
 def _run_tasks(kernel: Callable[..., None], num_tasks: int, work: int, *arguments: object) -> None:

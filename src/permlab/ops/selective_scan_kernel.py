@@ -1,9 +1,9 @@
 """The CPU kernel of the selective scan: a fused forward pass and its adjoint, compiled by numba.
 
-Channels are the vector lanes. They are cut into groups of `LANES`; one sequence and one group make
-one task, which walks along the sequence with its states in the first-level cache, chunk by chunk.
-A chunk's tokens are copied to local tiles `[token, lane]`, so tensors may have any strides, and
-lanes after the last channel are zero.
+Channels are the vector lanes. They are cut into groups of as many as there are lanes; one sequence
+and one group make one task, which walks along the sequence with its states in the first-level
+cache, chunk by chunk. A chunk's tokens are copied to local tiles `[token, lane]`, so tensors may
+have any strides, and lanes after the last channel are zero.
 
 How the work is cut depends on shapes only, and sums over sequences and groups are left to the
 caller as one partial result per task: the result has the same bits for any number of threads.
@@ -23,7 +23,6 @@ import numpy as np
 from numba import boolean, from_dtype, int64, njit, types, void
 from numba.extending import overload
 
-LANES = 64
 _LOG2_E = math.log2(math.e)
 
 # Reassociation lets sums over lanes be vectorised; NaN and infinity keep their meaning.
@@ -141,7 +140,8 @@ def _softplus(x):
 @no_type_check
 def _load(tile, array, i, channel, start, size):
     """tile[t, k] = array[i, channel + k, start + t]; the inner loop runs along the denser axis."""
-    width = min(LANES, array.shape[1] - channel)
+    lanes = tile.shape[1]
+    width = min(lanes, array.shape[1] - channel)
     if array.strides[2] < array.strides[1]:
         for k in range(width):
             for t in range(size):
@@ -151,7 +151,7 @@ def _load(tile, array, i, channel, start, size):
             for k in range(width):
                 tile[t, k] = array[i, channel + k, start + t]
     for t in range(size):
-        for k in range(width, LANES):
+        for k in range(width, lanes):
             tile[t, k] = 0
 
 
@@ -159,7 +159,8 @@ def _load(tile, array, i, channel, start, size):
 @no_type_check
 def _store(array, tile, i, channel, start, size):
     """array[i, channel + k, start + t] = tile[t, k]."""
-    width = min(LANES, array.shape[1] - channel)
+    lanes = tile.shape[1]
+    width = min(lanes, array.shape[1] - channel)
     if array.strides[2] < array.strides[1]:
         for k in range(width):
             for t in range(size):
@@ -174,7 +175,7 @@ def _store(array, tile, i, channel, start, size):
 @no_type_check
 def _copy(target, source):
     for s in range(source.shape[0]):
-        for k in range(LANES):
+        for k in range(source.shape[1]):
             target[s, k] = source[s, k]
 
 
@@ -184,7 +185,7 @@ def _load_rate(rate, A, channel):
     """rate[s, k] = A[channel + k, s] log2(e), so that decays are powers of two."""
     scale = rate.dtype.type(_LOG2_E)
     rate[:] = 0
-    for k in range(min(LANES, A.shape[0] - channel)):
+    for k in range(min(rate.shape[1], A.shape[0] - channel)):
         for s in range(A.shape[1]):
             rate[s, k] = A[channel + k, s] * scale
 
@@ -193,7 +194,7 @@ def _load_rate(rate, A, channel):
 @no_type_check
 def _load_row(row, vector, channel):
     row[:] = 0
-    for k in range(min(LANES, vector.shape[0] - channel)):
+    for k in range(min(row.shape[0], vector.shape[0] - channel)):
         row[k] = vector[channel + k]
 
 
@@ -204,14 +205,15 @@ def _load_row(row, vector, channel):
 @no_type_check
 def _step_sizes(delta, push, u, bias, has_softplus, size):
     """Turn delta as given into step sizes, and set push = delta * u."""
+    lanes = delta.shape[1]
     for t in range(size):
         if has_softplus:
-            for k in range(LANES):
+            for k in range(lanes):
                 delta[t, k] = softplus(delta[t, k] + bias[k])
         else:
-            for k in range(LANES):
+            for k in range(lanes):
                 delta[t, k] = delta[t, k] + bias[k]
-        for k in range(LANES):
+        for k in range(lanes):
             push[t, k] = delta[t, k] * u[t, k]
 
 
@@ -219,8 +221,9 @@ def _step_sizes(delta, push, u, bias, has_softplus, size):
 @no_type_check
 def _gate(y, z, size):
     """y *= silu(z)."""
+    lanes = y.shape[1]
     for t in range(size):
-        for k in range(LANES):
+        for k in range(lanes):
             y[t, k] *= z[t, k] * sigmoid(z[t, k])
 
 
@@ -230,17 +233,17 @@ def _forward(first, last, u, delta, A, B, C, D, z, bias, has_softplus, y, checkp
 
     Shapes:
         u, delta, y: [b, d, l].  A: [d, s].  B, C: [b, s, l].  D, bias: [d].  z: as u, or empty.
-        checkpoints: [b, g, ceil(l / stride), s, LANES], or empty where none is wanted.
+        checkpoints: [b, g, ceil(l / stride), s, lanes], or empty where none is wanted.
     """
+    num_groups, lanes = checkpoints.shape[1], checkpoints.shape[4]
     num_tokens, num_states = u.shape[2], A.shape[1]
-    num_groups = (u.shape[1] + LANES - 1) // LANES
-    weight, offset = np.empty(LANES, y.dtype), np.empty(LANES, y.dtype)
-    rate, state = np.empty((num_states, LANES), y.dtype), np.empty((num_states, LANES), y.dtype)
-    u_tile, delta_tile = np.empty((stride, LANES), y.dtype), np.empty((stride, LANES), y.dtype)
+    weight, offset = np.empty(lanes, y.dtype), np.empty(lanes, y.dtype)
+    rate, state = np.empty((num_states, lanes), y.dtype), np.empty((num_states, lanes), y.dtype)
+    u_tile, delta_tile = np.empty((stride, lanes), y.dtype), np.empty((stride, lanes), y.dtype)
     push, y_tile, z_tile = np.empty_like(u_tile), np.empty_like(u_tile), np.empty_like(u_tile)
     for task in range(first, last):
         i, group = task // num_groups, task % num_groups
-        channel = group * LANES
+        channel = group * lanes
         _load_rate(rate, A, channel)
         _load_row(weight, D, channel)
         _load_row(offset, bias, channel)
@@ -253,11 +256,11 @@ def _forward(first, last, u, delta, A, B, C, D, z, bias, has_softplus, y, checkp
             _load(delta_tile, delta, i, channel, start, size)
             _step_sizes(delta_tile, push, u_tile, offset, has_softplus, size)
             for t in range(size):
-                for k in range(LANES):
+                for k in range(lanes):
                     y_tile[t, k] = weight[k] * u_tile[t, k]
                 for s in range(num_states):
                     b, c = B[i, s, start + t], C[i, s, start + t]
-                    for k in range(LANES):
+                    for k in range(lanes):
                         h = exp2(delta_tile[t, k] * rate[s, k]) * state[s, k] + push[t, k] * b
                         state[s, k] = h
                         y_tile[t, k] += h * c
@@ -274,9 +277,10 @@ def _forward(first, last, u, delta, A, B, C, D, z, bias, has_softplus, y, checkp
 @no_type_check
 def _slopes(slope, delta, bias, has_softplus, size):
     """Derivative of the step sizes by delta as given."""
+    lanes = slope.shape[1]
     for t in range(size):
         if has_softplus:
-            for k in range(LANES):
+            for k in range(lanes):
                 slope[t, k] = sigmoid(delta[t, k] + bias[k])
         else:
             slope[t] = 1
@@ -286,10 +290,11 @@ def _slopes(slope, delta, bias, has_softplus, size):
 @no_type_check
 def _replay(delta, push, rate, B, i, start, size, states, decays):
     """Recompute a chunk from its checkpoint in states[0]: states[t + 1] = h_t, decays[t] = exp(delta_t A)."""
+    lanes = delta.shape[1]
     for t in range(size):
         for s in range(rate.shape[0]):
             b = B[i, s, start + t]
-            for k in range(LANES):
+            for k in range(lanes):
                 decay = exp2(delta[t, k] * rate[s, k])
                 decays[t, s, k] = decay
                 states[t + 1, s, k] = decay * states[t, s, k] + push[t, k] * b
@@ -299,14 +304,15 @@ def _replay(delta, push, rate, B, i, start, size, states, decays):
 @no_type_check
 def _ungate(grad_y, z, grad_z, u, D, C, i, start, size, states):
     """From the gradient of y * silu(z) to those of y (in place) and of z."""
+    lanes = grad_y.shape[1]
     for t in range(size):
-        for k in range(LANES):
+        for k in range(lanes):
             grad_z[t, k] = D[k] * u[t, k]
         for s in range(states.shape[1]):
             c = C[i, s, start + t]
-            for k in range(LANES):
+            for k in range(lanes):
                 grad_z[t, k] += states[t + 1, s, k] * c
-        for k in range(LANES):
+        for k in range(lanes):
             gate = sigmoid(z[t, k])
             grad_z[t, k] *= grad_y[t, k] * (gate + z[t, k] * gate * sigmoid(-z[t, k]))
             grad_y[t, k] *= z[t, k] * gate
@@ -322,13 +328,14 @@ def _retreat(
 
     Leaves in `by_exponent` the gradient by delta of the decays, over ln 2, and in `by_push` the gradient of push.
     """
+    lanes = delta.shape[1]
     for t in range(size - 1, -1, -1):
         by_exponent[t] = 0
         by_push[t] = 0
         for s in range(rate.shape[0]):
             b, c = B[i, s, start + t], C[i, s, start + t]
             sum_b = sum_c = b * 0
-            for k in range(LANES):
+            for k in range(lanes):
                 grad = grad_state[s, k] + grad_y[t, k] * c
                 sum_b += grad * push[t, k]
                 sum_c += grad_y[t, k] * states[t + 1, s, k]
@@ -346,9 +353,10 @@ def _retreat(
 @no_type_check
 def _finish(u, delta, D, slope, grad_y, by_exponent, by_push, grad_D, grad_bias, size):
     """Turn `by_push` into the gradient of u and `by_exponent` into that of delta as given; add to D's and the bias'."""
+    lanes = u.shape[1]
     ln_2 = u.dtype.type(math.log(2))
     for t in range(size):
-        for k in range(LANES):
+        for k in range(lanes):
             grad_D[k] += grad_y[t, k] * u[t, k]
             by_exponent[t, k] = (ln_2 * by_exponent[t, k] + u[t, k] * by_push[t, k]) * slope[t, k]
             grad_bias[k] += by_exponent[t, k]
@@ -363,21 +371,21 @@ def _backward(
     """Adjoint of the forward pass for tasks first..last-1, chunk by chunk from the end.
 
     Shapes:
-        As for the forward pass.  grad_A: [b, g, s, LANES], grad_D, grad_bias: [b, g, LANES], one part
+        As for the forward pass.  grad_A: [b, g, s, lanes], grad_D, grad_bias: [b, g, lanes], one part
         per sequence.  grad_B, grad_C: [b, g, s, l], one part per group.
     """
+    num_groups, lanes = checkpoints.shape[1], checkpoints.shape[4]
     num_tokens, num_states = u.shape[2], A.shape[1]
-    num_groups = (u.shape[1] + LANES - 1) // LANES
-    weight, offset = np.empty(LANES, u.dtype), np.empty(LANES, u.dtype)
-    rate, grad_state = np.empty((num_states, LANES), u.dtype), np.empty((num_states, LANES), u.dtype)
-    u_tile, delta_tile = np.empty((stride, LANES), u.dtype), np.empty((stride, LANES), u.dtype)
+    weight, offset = np.empty(lanes, u.dtype), np.empty(lanes, u.dtype)
+    rate, grad_state = np.empty((num_states, lanes), u.dtype), np.empty((num_states, lanes), u.dtype)
+    u_tile, delta_tile = np.empty((stride, lanes), u.dtype), np.empty((stride, lanes), u.dtype)
     y_tile, z_tile, push = np.empty_like(u_tile), np.empty_like(u_tile), np.empty_like(u_tile)
     slope, by_exponent, by_push = np.empty_like(u_tile), np.empty_like(u_tile), np.empty_like(u_tile)
-    states = np.empty((stride + 1, num_states, LANES), u.dtype)
-    decays = np.empty((stride, num_states, LANES), u.dtype)
+    states = np.empty((stride + 1, num_states, lanes), u.dtype)
+    decays = np.empty((stride, num_states, lanes), u.dtype)
     for task in range(first, last):
         i, group = task // num_groups, task % num_groups
-        channel = group * LANES
+        channel = group * lanes
         _load_rate(rate, A, channel)
         _load_row(weight, D, channel)
         _load_row(offset, bias, channel)
