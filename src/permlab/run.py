@@ -39,6 +39,7 @@ from permlab.rundir import (
     write_json,
     write_npz,
 )
+from permlab.strategy import ShardedBackbone
 from permlab.task.base import Task
 from permlab.tracking import RunLogger, replay
 
@@ -143,8 +144,12 @@ def fit_and_test(config: Config, run_dir: Path, parts: Assembly, data: DataModul
         truncate_metrics(run_dir, _step_of(checkpoint))
     began = time.monotonic()
     logger = _logger(config, run_dir)
+    arguments = _trainer_arguments(config)
+    sharded = arguments["strategy"] == "fsdp"
+    if sharded:
+        arguments["strategy"] = ShardedBackbone(parts.method)
     trainer = L.Trainer(
-        **_trainer_arguments(config),
+        **arguments,
         logger=logger,
         callbacks=_callbacks(config, run_dir, parts, data),
         default_root_dir=run_dir,
@@ -154,7 +159,11 @@ def fit_and_test(config: Config, run_dir: Path, parts: Assembly, data: DataModul
     L.seed_everything(config["seed"], verbose=False)
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     seconds = time.monotonic() - began
-    summary = _statistics(parts, trainer) | evaluate_best(config, run_dir, task, data, trainer=trainer)
+    summary = _statistics(parts, trainer)
+    if sharded:
+        parts, data, task = _build(config)  # the trained one holds shards, which no checkpoint fits
+        trainer = L.Trainer(**_trainer_arguments(config) | {"strategy": "ddp"}, use_distributed_sampler=False)
+    summary |= evaluate_best(config, run_dir, task, data, trainer=trainer)
     summary["train/seconds"] = round(seconds, 3)
     if is_rank_zero():
         write_json(run_dir / "summary.json", summary)

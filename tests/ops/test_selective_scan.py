@@ -72,7 +72,7 @@ def test_it_is_its_definition(backend: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("softplus", [True, False])
-@pytest.mark.parametrize("shape", [(2, 2, 7, 2), (1, 3, 1, 2)])
+@pytest.mark.parametrize("shape", [(1, 2, 19, 2), (2, 3, 1, 2)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_are_finite_differences(backend: str, shape: tuple[int, ...], softplus: bool) -> None:
     def scan(u: Tensor, delta: Tensor, *rest: Tensor) -> Tensor:

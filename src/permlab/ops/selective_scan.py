@@ -36,14 +36,13 @@ def selective_scan(
     and state: h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t from h_{-1} = 0, and per channel
     y_t = sum over states of C_t h_t, plus D u_t, times silu(z_t).
 
-    Differentiable in all eight tensors; memory kept for the backward pass is a small multiple of
-    one input, since states are recomputed in chunks. Results and gradients have the same bits
-    when a call is repeated, on the CPU also with another number of threads.
+    Differentiable in all eight tensors. States are recomputed in chunks for the backward pass, so
+    what is kept for it is a few tensors of the size of `u`, never one of all states.
 
-    Backends: `numba` (CPU: fused and multi-threaded, compiled on first use), `torch` (any device, and
-    under torch.compile, torch.func and for second derivatives), `cuda` (mamba_ssm's kernel).
-    `auto` takes the kernel where a small scan on that device came out right, else the first
-    of the others that can read the tensors.
+    Backends: `numba` (CPU: fused, multi-threaded, the same bits for any number of threads; first
+    derivatives; compiled on first use, in seconds), `torch` (any device, also under torch.compile,
+    under torch.func and for second derivatives), `cuda` (mamba_ssm's kernel). `auto` is `cuda` where
+    a small scan on that device came out right, else `numba` on a CPU, else `torch`.
 
     Shapes:
         u, delta, z: `[b, d, l]`.  A: `[d, s]`.  B, C: `[b, s, l]`.  D, delta_bias: `[d]`.
@@ -65,7 +64,8 @@ def selective_scan(
             that is unknown or cannot read these tensors, with the reason.
     Source: Gu and Dao 2023, arXiv:2312.00752, algorithm 2; arguments as `selective_scan_fn` of mamba_ssm.
     Differs from source: A is real, B and C are given per token; 2^x with A log2(e) instead of e^x.
-    Cost: O(b d l s) time, O(b d (l + s sqrt(l))) memory.
+    Cost: O(b d l s) time, O(b l (d + s ceil(d / 64))) memory; `torch` takes log(l) times that time and
+        O(b d s sqrt(l)) more memory.
     Example:
         >>> one = torch.ones(1, 1, 3)
         >>> selective_scan(one, one, -torch.ones(1, 1), one, one).flatten()

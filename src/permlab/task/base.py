@@ -11,6 +11,7 @@ from permlab.errors import NonFiniteError
 from permlab.method.base import Method
 from permlab.model.base import Backbone
 from permlab.optim import build_optimizer
+from permlab.strategy import ShardedBackbone
 
 
 class Task(L.LightningModule):
@@ -46,6 +47,8 @@ class Task(L.LightningModule):
         return sum((0.0 * parameter.sum() for parameter in self.method.parameters()), start=0.0)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if isinstance(self.trainer.strategy, ShardedBackbone):
+            self.trainer.strategy.average(self.method)
         if self.method.phase != "active":
             for parameter in self.method.parameters():
                 parameter.grad = None  # a zero gradient would let Adam's momentum move it
@@ -63,7 +66,10 @@ class Task(L.LightningModule):
             parameters = [p for p in module.parameters() if p.grad is not None]
             if not parameters:
                 continue
-            norm = nn.utils.clip_grad_norm_(parameters, limit)
+            if name == "model" and isinstance(self.trainer.strategy, ShardedBackbone):
+                norm = self.trainer.strategy.clip(self.method, limit)
+            else:
+                norm = nn.utils.clip_grad_norm_(parameters, limit)
             if not scaled and not torch.isfinite(norm):
                 key = "method.lr or raise method.temperature" if name == "permutation" else "optim.lr"
                 raise NonFiniteError(
