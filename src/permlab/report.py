@@ -24,20 +24,19 @@ def print_report(config: Mapping[str, Any], summary: Mapping[str, float]) -> Non
 
 
 def report(config: Mapping[str, Any], summary: Mapping[str, float]) -> str:
-    """The table as text."""
+    """The table as text; without a control, the one line that there is."""
     control = summary.get("test/accuracy_control")
+    if control is None:
+        return f"test accuracy, 1 seed: {100 * summary['test/accuracy']:.1f} % ({_order(config)})"
     lines = [f"{'test accuracy, 1 seed':<36}{'%':>6}{'difference':>12}"]
     for label, key in ROWS:
-        if key not in summary:
-            continue
-        if control is None:
-            label = f"order {_short(config['method']['order'])}, {config['method']['name']}"
-        line = f"{label:<36}{100 * summary[key]:>6.1f}"
-        if control is not None and key != "test/accuracy_control":
-            line += f"{100 * (summary[key] - control):>+12.1f}"
-        lines.append(line)
+        if key in summary:
+            line = f"{label:<36}{100 * summary[key]:>6.1f}"
+            lines.append(line if key == ROWS[0][1] else line + f"{100 * (summary[key] - control):>+12.1f}")
     return "\n".join(lines)
 
 
-def _short(order: str | list[int]) -> str:
-    return order if isinstance(order, str) else "given"
+def _order(config: Mapping[str, Any]) -> str:
+    method = config["method"]
+    order = method["order"] if isinstance(method["order"], str) else "given"
+    return f"order {order}, fixed" if method["component"] == "fixed" else f"order learned by {method['name']}"

@@ -1,5 +1,6 @@
 r"""The selective scan of Mamba: a diagonal linear recurrence whose coefficients depend on the token."""
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -221,16 +222,24 @@ def _run_tasks(kernel: Callable[..., None], num_tasks: int, work: int, *argument
         kernel(0, num_tasks, *arguments)
         return
     # More pieces than threads, so that one thread that is held up does not hold up the rest.
-    num_pieces = min(num_tasks, 4 * num_threads)
+    num_pieces = min(num_tasks, 8 * num_threads)
     bounds = [num_tasks * piece // num_pieces for piece in range(num_pieces + 1)]
+    pieces = iter(list(itertools.pairwise(bounds)))
+
+    def take_pieces() -> None:
+        for first, last in pieces:
+            kernel(first, last, *arguments)
+
     pool = _thread_pool(num_threads, os.getpid())
-    for _ in pool.map(lambda first, last: kernel(first, last, *arguments), bounds[:-1], bounds[1:]):
-        pass
+    others = [pool.submit(take_pieces) for _ in range(num_threads - 1)]
+    take_pieces()
+    for other in others:
+        other.result()
 
 
 @cache
 def _thread_pool(num_threads: int, pid: int) -> ThreadPoolExecutor:
-    """One pool per number of threads; the process id makes a forked child start its own."""
+    """The threads besides the caller's, started when needed; the process id makes a forked child start its own."""
     return ThreadPoolExecutor(num_threads, thread_name_prefix="selective_scan")
 
 
