@@ -183,3 +183,12 @@ def test_heads_that_do_not_divide_the_width_are_refused():
 def test_a_patch_size_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="3 does not divide a 4x6 image"):
         vit(patch_size=3)
+
+
+def test_weights_that_cannot_be_had_are_an_error_of_one_line(monkeypatch):
+    def offline(*args, **kwargs):
+        raise ConnectionError("no route\nsecond line")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(ValueError, match=r"pretrained=true: no weights of vit_tiny.*ConnectionError: no route\)"):
+        vit(IMAGENET, **TINY, patch_size=16, pretrained=True)

@@ -45,7 +45,7 @@ class Vit(Backbone):
             trained on images scaled to [-1, 1]. Downloads on first use.
     Raises:
         ValueError: if the patch size does not divide the image, the heads do not divide the width, or
-            pretrained weights are wanted in a size that has none.
+            pretrained weights are wanted in a size that has none, or cannot be had.
     Source: Dosovitskiy et al. 2021, arXiv:2010.11929, through timm's `VisionTransformer`.
     Differs from source: the position table may be added by slot or left out; there is a class token only
         where it is read, and the final norm comes before the pooling in every read-out.
@@ -87,7 +87,7 @@ class Vit(Backbone):
         }
         if pretrained:
             name = _pretrained_name(width, depth, num_heads, mlp_ratio)
-            network: Any = timm.create_model(name, pretrained=True, **shape)
+            network: Any = _load_pretrained(name, shape)
         else:
             network = VisionTransformer(embed_dim=width, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, **shape)
         self._take(network)
@@ -124,6 +124,14 @@ class Vit(Backbone):
     def _class_token(self) -> Tensor:
         assert self.cls_token is not None
         return self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
+
+
+def _load_pretrained(name: str, shape: dict[str, Any]) -> Any:
+    try:
+        return timm.create_model(name, pretrained=True, **shape)
+    except Exception as error:  # the hub's errors are many; all mean that there are no weights
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"pretrained=true: no weights of {name} ({type(error).__name__}: {reason})") from error
 
 
 def _pretrained_name(width: int, depth: int, num_heads: int, mlp_ratio: float) -> str:

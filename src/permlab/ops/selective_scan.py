@@ -230,7 +230,7 @@ def _run_tasks(kernel: Callable[..., None], num_tasks: int, work: int, *argument
         for first, last in pieces:
             kernel(first, last, *arguments)
 
-    pool = _thread_pool(num_threads, os.getpid())
+    pool = _thread_pool(num_threads - 1, os.getpid())
     others = [pool.submit(take_pieces) for _ in range(num_threads - 1)]
     take_pieces()
     for other in others:
