@@ -90,7 +90,7 @@ def test_the_command_without_the_environment_or_the_script_folder(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOME_TOKEN", "hidden-in-the-environment")
-    monkeypatch.setattr(sys, "argv", ["/home/somebody/lab/train.py", "method.order=random(3)", "seed=1"])
+    monkeypatch.setattr(sys, "argv", ["/srv/lab/train.py", "method.order=random(3)", "seed=1"])
     facts = provenance.collect(device=None)
     assert facts["command"] == "python train.py 'method.order=random(3)' seed=1"
     text = json.dumps(facts)

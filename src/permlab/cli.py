@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from permlab.config import CONF, component_names, nearest, prepare, run_directory
-from permlab.errors import ConfigError, Interrupted, NonFiniteError
+from permlab.errors import ConfigError, RunError
 
 # Keys whose values are paths or names that Hydra's grammar would need quoted: `run=a/seed=0-12`, `random(3)`.
 VERBATIM_KEYS = ("run", "ckpt_path", "paths.runs", "paths.data", "data.root", "task.teacher", "method.order")
@@ -43,11 +43,11 @@ def main(name: str, arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return _dispatch(name, list(arguments))
-    except (ConfigError, NonFiniteError, Interrupted) as error:
+    except RunError as error:
         if os.environ.get("PERMLAB_DEBUG") == "1":
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
-        return {ConfigError: 2, NonFiniteError: 1}.get(type(error)) or 128 + error.signal_number  # type: ignore
+        return error.exit_code
     except KeyboardInterrupt:
         print("error: interrupted by signal 2", file=sys.stderr)
         return 130

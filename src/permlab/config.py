@@ -1,22 +1,16 @@
-"""Schema, validation and construction: the one place that knows how YAML becomes objects.
+"""Validation, derived values and construction: the one place where YAML becomes objects.
 
-A group's schema is its dataclass below (keys that every component of the group has) joined
-with the options of the chosen component, which are the keyword-only arguments of its
-constructor. Everything here but `build` runs before torch is imported.
+Everything here but `build` runs before torch is imported; the keys are in `permlab.schema`.
 """
 
 import copy
-import difflib
 import hashlib
 import importlib
 import importlib.util
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from permlab.data.spec import DataSpec
 from permlab.errors import ConfigError
@@ -24,24 +18,26 @@ from permlab.ops.scan_order import check_name
 from permlab.ops.schedule import parse
 from permlab.option import (
     REQUIRED,
-    Fraction,
-    NonNegativeFloat,
-    NonNegativeInt,
-    Option,
-    Order,
-    PositiveFloat,
-    PositiveInt,
     choices,
     class_constant,
     describe,
     matches,
-    options_of,
+)
+from permlab.schema import (
+    COMPONENT_GROUPS,
+    CONF,
+    GROUPS,
+    OWN_TRAINER_KEYS,
+    PACKAGE,
+    class_name,
+    component_names,
+    component_options,
+    component_path,
+    components,
+    nearest,
+    schema,
 )
 
-PACKAGE = Path(__file__).resolve().parent
-CONF = PACKAGE.parents[1] / "conf"
-COMPONENT_GROUPS = ("model", "method", "task", "data")
-GROUPS = (*COMPONENT_GROUPS, "optim", "trainer", "logger")
 # Where a run is made, not what it computes: left out of the hash that names the run.
 MACHINE_KEYS = (
     "seed",
@@ -59,161 +55,9 @@ MACHINE_KEYS = (
     "trainer.enable_model_summary",
     "trainer.profiler",
 )
-# Arguments of lightning.Trainer that this package sets itself.
-OWN_TRAINER_KEYS = (
-    "logger",
-    "callbacks",
-    "default_root_dir",
-    "enable_checkpointing",
-    "use_distributed_sampler",
-    "plugins",
-    "barebones",
-    "fast_dev_run",
-    "num_sanity_val_steps",
-    "reload_dataloaders_every_n_epochs",
-    "enable_autolog_hparams",
-    "model_registry",
-)
 
 
-@dataclass
-class ComponentKeys:
-    """Every component: the preset's name and the file of its class."""
-
-    name: str
-    component: str
-
-
-@dataclass
-class ModelKeys(ComponentKeys):
-    lr: PositiveFloat  # recommended peak of the preset, which optim.lr refers to
-
-
-@dataclass
-class MethodKeys(ComponentKeys):
-    order: Order  # starting order, or the order of `fixed`
-
-
-@dataclass
-class TaskKeys(ComponentKeys):
-    control: bool  # also train the starting order held fixed, and a fresh model under the learned order
-
-
-@dataclass
-class DataKeys(ComponentKeys):
-    batch_size: PositiveInt  # per process
-    num_workers: NonNegativeInt
-
-
-@dataclass
-class OptimKeys:
-    name: str
-    lr: PositiveFloat
-    weight_decay: NonNegativeFloat
-    beta1: Fraction
-    beta2: Fraction
-    schedule: Literal["onecycle", "cosine", "linear", "constant"]
-    warmup_fraction: Fraction
-
-
-@dataclass
-class TrainerKeys:
-    """The arguments of lightning.Trainer whose values are checked; the others are passed on by name."""
-
-    name: str
-    accelerator: str
-    strategy: str
-    devices: PositiveInt | Literal["auto", -1] | list[int] | str
-    num_nodes: PositiveInt
-    precision: str | Literal[16, 32, 64]
-    max_steps: PositiveInt | Literal[-1]
-    max_epochs: PositiveInt | Literal[-1] | None
-    accumulate_grad_batches: PositiveInt
-    gradient_clip_val: NonNegativeFloat | None
-    log_every_n_steps: PositiveInt
-    val_check_interval: PositiveInt | Fraction | None
-
-
-@dataclass
-class LoggerKeys:
-    name: str
-    mode: Literal["offline", "online", "disabled"]
-    project: str
-    entity: str | None
-    tags: list[str]
-    log_artifacts: bool
-
-
-@dataclass
-class PathsKeys:
-    runs: str
-    data: str
-
-
-@dataclass
-class RootKeys:
-    seed: NonNegativeInt
-    force: bool
-    num_threads: PositiveInt | None
-    ckpt_path: str | None
-
-
-_SCHEMAS: dict[str, type] = {
-    "": RootKeys,
-    "paths": PathsKeys,
-    "model": ModelKeys,
-    "method": MethodKeys,
-    "task": TaskKeys,
-    "data": DataKeys,
-    "optim": OptimKeys,
-    "trainer": TrainerKeys,
-    "logger": LoggerKeys,
-}
-
-
-# Components and their options
-
-
-def class_name(component: str) -> str:
-    """CamelCase of a file stem: `ssm_probe` -> `SsmProbe`."""
-    return "".join(part.capitalize() for part in component.split("_"))
-
-
-def component_path(group: str, component: str) -> Path:
-    """Source file of a component; the name may not leave the group's folder."""
-    path = PACKAGE / group / f"{component}.py"
-    if not re.fullmatch(r"[a-z0-9_]+", str(component)) or not path.is_file():
-        stems = [file.stem for file in (PACKAGE / group).glob("*.py") if file.stem != "__init__"]
-        raise ConfigError(f"{group}.component={component}: no such file{nearest(component, stems)}")
-    return path
-
-
-def component_options(group: str, component: str) -> dict[str, Option]:
-    return options_of(component_path(group, component), class_name(component))
-
-
-def schema(group: str, component: str | None) -> dict[str, Option]:
-    """Keys of a group: the shared ones and those of the chosen component."""
-    own = {field.name: Option(field.type) for field in fields(_SCHEMAS[group])}
-    if group in COMPONENT_GROUPS and component is not None:
-        own |= component_options(group, component)
-    if group == "trainer":
-        own |= {key: option for key, option in _lightning_options().items() if key not in own}
-    return own
-
-
-@cache
-def _lightning_options() -> dict[str, Option]:
-    """Argument names of lightning.Trainer, read from its source (importing it takes seconds)."""
-    import ast
-
-    package = importlib.util.find_spec("lightning")
-    assert package is not None
-    assert package.submodule_search_locations
-    source = Path(package.submodule_search_locations[0], "pytorch", "trainer", "trainer.py").read_text()
-    trainer = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "Trainer")
-    init = next(node for node in trainer.body if getattr(node, "name", "") == "__init__")  # type: ignore[attr-defined]
-    return {a.arg: Option(Any, None) for a in init.args.kwonlyargs if a.arg not in OWN_TRAINER_KEYS}
+# Construction
 
 
 def build(group: str, settings: Mapping[str, Any], *context: Any) -> Any:
@@ -250,15 +94,6 @@ def data_spec(settings: Mapping[str, Any]) -> DataSpec:
 # Validation
 
 
-def nearest(value: Any, valid: list[Any]) -> str:
-    """Suggestion to append to a problem: the closest valid choice, or all of them if few."""
-    names = [str(choice) for choice in valid]
-    close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
-    if close:
-        return f"; nearest valid choice: {close[0]}"
-    return f"; valid choices: {', '.join(sorted(names))}" if names else ""
-
-
 def prepare(composed: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Complete configuration and warnings, from what Hydra composed.
 
@@ -285,23 +120,10 @@ def drop_ineffective(config: dict[str, Any]) -> list[str]:
         if not isinstance(settings, dict) or not (PACKAGE / group / f"{settings.get('component')}.py").is_file():
             continue
         known = schema(group, settings["component"])
-        elsewhere = set().union(*(component_options(group, other) for other in _components(group)))
+        elsewhere = set().union(*(component_options(group, other) for other in components(group)))
         for key in [key for key in settings if key not in known and key in elsewhere]:
             warnings.append(f"{group}.{key}={settings.pop(key)} has no effect with {group}={settings['name']}")
     return warnings
-
-
-@cache
-def _components(group: str) -> tuple[str, ...]:
-    """Files of a group that hold the class their name promises."""
-    found = []
-    for path in sorted((PACKAGE / group).glob("*.py")):
-        try:
-            options_of(path, class_name(path.stem))
-        except ValueError:
-            continue
-        found.append(path.stem)
-    return tuple(found)
 
 
 def validate(config: Mapping[str, Any]) -> list[str]:
@@ -402,12 +224,6 @@ def _kind_of(data: str) -> str:
     settings = yaml.safe_load((CONF / "data" / f"{data}.yaml").read_text())
     component = settings.get("component", data)
     return class_constant(component_path("data", component), class_name(component), "kind") or "image"
-
-
-def component_names(group: str) -> list[str]:
-    """Choices of a group: the stems of its YAML files."""
-    folder = CONF / group
-    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
 
 
 def _check_order(order: Any, num_items: int | None) -> list[str]:

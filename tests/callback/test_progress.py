@@ -109,4 +109,7 @@ def test_values_are_fetched_only_when_the_line_is_redrawn() -> None:
     loss = torch.zeros(()).as_subclass(Untouchable)
     for index in range(3):
         progress.on_train_batch_end(trainer, Task(), {"loss": loss}, [torch.zeros(4, 1)], index)
+    progress._refresh_seconds = 0.0
+    with pytest.raises(AssertionError, match="fetched"):
+        progress.on_train_batch_end(trainer, Task(), {"loss": loss}, [torch.zeros(4, 1)], 3)
     progress.on_exception(trainer, Task(), RuntimeError())

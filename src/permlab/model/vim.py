@@ -35,7 +35,8 @@ class Vim(Backbone):
         drop_path: probability of leaving out the last block in training; linear from 0 at the first.
         position: where the learned position table is added: to the item, to the slot, or nowhere.
         readout: features of the class token in the middle, mean over the slots, or of the last slot.
-        direction: `bidirectional`, or `forward`, in which a slot hears only of those before it.
+        direction: `bidirectional`, or `forward`, in which a slot hears only of those before it: the
+            class token then hears of the first half of the items alone, so read the last slot.
     Raises:
         ValueError: if the patch size does not divide the image.
     Source: Zhu et al. 2024, arXiv:2401.09417 (bidirectional block, class token, halved sum of the
