@@ -10,6 +10,7 @@ import pytest
 
 from permlab.cli import expand, help_text, main, parse_overrides, resolve, split_arguments
 from permlab.config import CONF, GROUPS, component_names, digest, run_directory
+from permlab.data.spec import DataSpec
 from permlab.errors import ConfigError
 
 ROOT = CONF.parent
@@ -63,6 +64,16 @@ def test_rules_over_several_keys() -> None:
     assert "leave_one_out" in problems_of("method=reorder", "method.num_samples=1")[0]
     assert "exceeds 1" in problems_of("method.warmup_fraction=0.8")[0]
     assert "does not divide" in problems_of("model=vit_nano", "model.num_heads=5")[0]
+
+
+def test_a_model_and_a_task_that_cannot_read_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = DataSpec(kind="text", num_classes=256, channels=1, height=1, width=64)
+    monkeypatch.setattr("permlab.config.data_spec", lambda settings: text)
+    model, task = problems_of("model=vit_nano")
+    assert model.startswith("model=vit_nano: reads image data, but data=digits is text")
+    assert task.startswith("task=classify: takes image data, but data=digits is text")
+    (task,) = problems_of("model=llama_nano")  # reads both
+    assert task.startswith("task=classify")
 
 
 def test_all_problems_are_reported_at_once_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from permlab.cli import main
+
 # Run by both ranks: the real command line, with a callback that compares the ranks after every batch.
 SCRIPT = """
 import sys
@@ -62,7 +64,9 @@ def test_ranks_agree_after_every_step(result: tuple[Path, subprocess.CompletedPr
     assert process.stdout.count("agree") == 3 * 6  # learned, control, refit
 
 
-def test_ranks_share_one_directory_per_run(result: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_ranks_share_one_directory_and_eval_needs_only_one_of_them(
+    result: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, process = result
     done = list((folder / "runs").rglob("DONE"))
     assert len(done) == len(list((folder / "runs").rglob("config.yaml"))) == 3, process.stderr[-3000:]
@@ -70,5 +74,9 @@ def test_ranks_share_one_directory_per_run(result: tuple[Path, subprocess.Comple
     summary = json.loads((learned / "summary.json").read_text())
     assert {"test/accuracy", "test/accuracy_control", "test/accuracy_refit"} <= set(summary)
     assert process.stdout.count("run: ") == 1, "only rank 0 prints"
+    assert main("eval", [f"run={learned}"]) == 0  # in this one process, to the same numbers
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("test/"))
+    assert len(printed) == 4
+    assert all(float(value) == pytest.approx(summary[name], abs=1e-6) for name, value in printed.items())
     steps = [json.loads(line)["step"] for line in (learned / "metrics.jsonl").read_text().splitlines()]
     assert steps == [6]

@@ -222,6 +222,9 @@ def _kind_of(data: str) -> str:
     import yaml
 
     settings = yaml.safe_load((CONF / "data" / f"{data}.yaml").read_text())
+    parents = [parent for parent in settings.get("defaults", []) if parent != "_self_"]
+    if "component" not in settings and parents:
+        return _kind_of(parents[0])
     component = settings.get("component", data)
     return class_constant(component_path("data", component), class_name(component), "kind") or "image"
 

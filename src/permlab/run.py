@@ -54,7 +54,6 @@ EXPECTED_WARNINGS = (
     ".*is deprecated, use `isinstance.treespec, TreeSpec.*",
     "The number of training batches .* is smaller than the logging interval.*",
     "Checkpoint directory .* exists and is not empty.*",
-    "The '.*_dataloader' does not have many workers.*",
 )
 
 
@@ -83,6 +82,10 @@ def evaluate(config: Config) -> Summary:
     settings = yaml.safe_load((run_dir / "config.yaml").read_text())
     _quiet_lightning()
     _, data, task = _build(settings)
+    _set_threads(settings, task.model)
+    # One process, wherever the run was trained: its ranks would each print.
+    accelerator = "cpu" if settings["trainer"]["accelerator"] == "cpu" else "auto"
+    settings["trainer"] |= {"accelerator": accelerator, "strategy": "auto", "devices": 1, "num_nodes": 1}
     summary = evaluate_best(settings, run_dir, task, data, split=config["split"])
     for name, value in summary.items():
         print(f"{name:<28} {value:.8g}")
@@ -166,8 +169,8 @@ def fit_and_test(config: Config, run_dir: Path, parts: Assembly, data: DataModul
     summary |= evaluate_best(config, run_dir, task, data, trainer=trainer)
     summary["train/seconds"] = round(seconds, 3)
     if is_rank_zero():
-        write_json(run_dir / "summary.json", summary)
         _write_results(run_dir, parts, task, data)
+        write_json(run_dir / "summary.json", summary)  # last: a run that has it is not trained again
         logger.mirror_results(summary, draw_all(run_dir))
     logger.finalize("success")
     return summary
