@@ -9,7 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import jaxtyping
 
 jaxtyping.install_import_hook(
-    ["permlab.ops", "permlab.permutation", "permlab.method", "permlab.model"],
+    ["permlab.ops", "permlab.permutation", "permlab.method", "permlab.model", "permlab.sparsity"],
     # An int where a float is annotated is what YAML gives; it is right.
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )

@@ -16,7 +16,12 @@ from permlab.errors import ConfigError
 from permlab.method.base import Method
 from permlab.model.base import Backbone
 from permlab.ops.scan_order import scan_order
+from permlab.option import class_constant
 from permlab.permutation import Site, check_order
+from permlab.schema import class_name, component_path
+from permlab.sparsity.layer import NUM_FEATURES
+from permlab.sparsity.site import WeightSite, read_sites
+from permlab.sparsity.site_methods import SiteMethods
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Assembly:
 
     spec: DataSpec
     model: Backbone
-    method: Method
+    method: Method | SiteMethods
 
 
 def assemble(config: Mapping[str, Any]) -> Assembly:
@@ -40,9 +45,94 @@ def assemble(config: Mapping[str, Any]) -> Assembly:
     torch.manual_seed(config["seed"])
     spec = data_spec(config["data"])
     model = build("model", config["model"], spec)
+    if permutes(config["task"]["component"]) == "weights":
+        return Assembly(spec, model, _site_methods(config, model))
     order = starting_order(config["method"]["order"], model.height, model.width)
     site = Site("patches", order, num_features=model.num_features)
     return Assembly(spec, model, build("method", config["method"], site))
+
+
+def _site_methods(config: Mapping[str, Any], model: Backbone) -> SiteMethods:
+    """A method for every weight site that the task selects."""
+    task, settings = config["task"], config["method"]
+    try:
+        sites, num_groups = fitting_sites(model, task)
+    except ValueError as error:
+        raise ConfigError(f"task=prune: {error}") from error
+    bases = [_base_order(settings["order"], site, count) for site, count in zip(sites, num_groups, strict=True)]
+
+    def make(site: WeightSite, count: int) -> Method:
+        order = torch.arange(site.num_items)
+        return build("method", settings, Site(site.name, order, num_groups=count, num_features=NUM_FEATURES))
+
+    return SiteMethods(sites, bases, num_groups, make)
+
+
+def fitting_sites(model: Backbone, task: Mapping[str, Any]) -> tuple[list[WeightSite], list[int]]:
+    """The selected sites with their numbers of groups.
+
+    A site that is marked as optional is left out, and the layer stays dense, where the pattern
+    does not divide it.
+
+    Raises:
+        ValueError: if a site does not exist, or the pattern or the groups do not divide it.
+    """
+    found = read_sites(model, select=task["sites"], coupling=task["coupling"], within_heads=task["within_heads"])
+    sites, counts = [], []
+    for site in found:
+        count = _num_groups(site, task)
+        if site.num_items % (count * task["m"]) == 0:
+            sites.append(site)
+            counts.append(count)
+        elif not site.optional:
+            raise ValueError(_misfit(site, count, task))
+    if not sites:
+        raise ValueError(f"sites={task['sites']}: none of them fits {task['n']}:{task['m']}")
+    return sites, counts
+
+
+def _num_groups(site: WeightSite, task: Mapping[str, Any]) -> int:
+    if site.num_heads > 1:
+        return site.num_heads
+    if task["block_size"] is None:
+        return task["num_groups"]
+    return max(1, site.num_items // task["block_size"])
+
+
+def _misfit(site: WeightSite, count: int, task: Mapping[str, Any]) -> str:
+    m = task["m"]
+    fit = [c for c in range(1, site.num_items + 1) if site.num_items % (c * m) == 0]
+    if not fit:
+        return f"task.m={m}: does not divide the {site.num_items} input channels of site {site.name}"
+    key = "num_groups" if task["block_size"] is None else "block_size"
+    key = key if site.num_heads == 1 else "within_heads"
+    return (
+        f"task.{key}={task[key]}: {count} groups of whole {m}s do not divide the {site.num_items} channels of site "
+        f"{site.name}; numbers of groups which do: {', '.join(map(str, fit))}"
+    )
+
+
+def _base_order(order: str | list[int], site: WeightSite, num_groups: int) -> Int64[Tensor, " n"]:
+    """The starting order of a site: the site's own array of an .npz file, or a scan order in every group."""
+    if isinstance(order, str) and order.endswith(".npz"):
+        indices = _read_order(Path(order), site.name)
+    else:
+        size = site.num_items // num_groups
+        one = starting_order(order, 1, size)
+        indices = (torch.arange(num_groups).unsqueeze(1) * size + one).flatten()
+    try:
+        Site(site.name, indices, num_groups=num_groups)
+    except ValueError as error:
+        raise ConfigError(f"method.order={order}: {error}") from error
+    if len(indices) != site.num_items:
+        raise ConfigError(f"method.order={order}: {len(indices)} items, site {site.name} has {site.num_items}")
+    return indices
+
+
+def permutes(component: str) -> str:
+    """What the method of a task permutes, read from the task's file: `items`, `weights` or `nothing`."""
+    path = component_path("task", component)
+    return class_constant(path, class_name(component), "permutes") or "items"
 
 
 def starting_order(order: str | list[int], height: int, width: int) -> Int64[Tensor, " n"]:
@@ -63,12 +153,12 @@ def starting_order(order: str | list[int], height: int, width: int) -> Int64[Ten
     return indices
 
 
-def _read_order(path: Path) -> Tensor:
+def _read_order(path: Path, name: str = "order") -> Tensor:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return torch.from_numpy(arrays["order"].astype(np.int64))
+            return torch.from_numpy(arrays[name].astype(np.int64))
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"method.order={path}: no readable `order` array ({error})") from error
+        raise ConfigError(f"method.order={path}: no readable `{name}` array ({error})") from error
 
 
 def load_weights(path: Path, *modules: tuple[str, nn.Module]) -> None:

@@ -183,8 +183,12 @@ def _check_across(config: Mapping[str, Any]) -> list[str]:
         num_items = height * width
     except ValueError as error:
         problems.append(f"model.patch_size={model['patch_size']}: {error}")
+    task = config["task"]
+    if _constant("task", task["component"], "permutes") == "weights":
+        num_items = None
     problems += _check_order(method["order"], num_items)
     problems += _check_temperature(method)
+    problems += _check_method(task, method)
     warm, frozen = method.get("warmup_fraction", 0), method.get("freeze_fraction", 0)
     if warm + frozen > 1:
         problems.append(f"method.freeze_fraction={frozen}: with method.warmup_fraction={warm} exceeds 1")
@@ -200,14 +204,45 @@ def _check_across(config: Mapping[str, Any]) -> list[str]:
         problems.append("trainer.max_steps=-1: schedules need an end; set trainer.max_steps or trainer.max_epochs")
     if config["ckpt_path"] and not Path(config["ckpt_path"]).is_file():
         problems.append(f"ckpt_path={config['ckpt_path']}: no such file{_nearest_file(config['ckpt_path'])}")
-    return problems + _check_teacher(config["task"])
+    return problems + _check_teacher(task) + _check_pruning(task, spec)
+
+
+def _check_method(task: Mapping[str, Any], method: Mapping[str, Any]) -> list[str]:
+    tasks = _constant("method", method["component"], "tasks")
+    if tasks is not None and task["component"] not in tasks:
+        return [f"task={task['name']}: method={method['name']} searches for task={' or '.join(tasks)} only"]
+    if _constant("task", task["component"], "permutes") == "nothing" and method["component"] != "fixed":
+        return [f"method={method['name']}: task={task['name']} has no place for it; nearest valid choice: fixed"]
+    return []
+
+
+def _constant(group: str, component: str, name: str) -> Any:
+    """A literal class constant of a component, without importing it."""
+    return class_constant(component_path(group, component), class_name(component), name)
+
+
+def _check_pruning(task: Mapping[str, Any], spec: DataSpec) -> list[str]:
+    problems = []
+    if "dense" not in task:
+        return []
+    if task["n"] >= task["m"]:
+        problems.append(f"task.n={task['n']}: keeps all of every task.m={task['m']}; expected less")
+    length = task["sequence_length"]
+    if length is not None and spec.kind == "text" and length > spec.width:
+        problems.append(f"task.sequence_length={length}: exceeds data.sequence_length={spec.width}")
+    dense = task["dense"]
+    if dense is not None and not Path(dense, "config.yaml").is_file():
+        problems.append(f"task.dense={dense}: not a run directory (no config.yaml)")
+    elif dense is not None and not Path(dense, "checkpoints", "best.ckpt").is_file():
+        problems.append(f"task.dense={dense}: no checkpoints/best.ckpt; the run has not validated yet")
+    return problems
 
 
 def _check_kind(
     group: str, settings: Mapping[str, Any], constant: str, spec: DataSpec, config: Mapping[str, Any]
 ) -> list[str]:
     component = settings["component"]
-    kinds = class_constant(component_path(group, component), class_name(component), constant) or ("image",)
+    kinds = _constant(group, component, constant) or ("image",)
     if spec.kind in kinds:
         return []
     data = config["data"]["name"]
@@ -226,7 +261,7 @@ def _kind_of(data: str) -> str:
     if "component" not in settings and parents:
         return _kind_of(parents[0])
     component = settings.get("component", data)
-    return class_constant(component_path("data", component), class_name(component), "kind") or "image"
+    return _constant("data", component, "kind") or "image"
 
 
 def _check_order(order: Any, num_items: int | None) -> list[str]:
@@ -253,7 +288,9 @@ def _check_temperature(method: Mapping[str, Any]) -> list[str]:
 
 
 def _check_teacher(task: Mapping[str, Any]) -> list[str]:
-    teacher = task.get("teacher")
+    if "teacher" not in task:
+        return []
+    teacher = task["teacher"]
     if teacher is None:
         weights = [key for key in ("distill_weight", "feature_weight") if task.get(key)]
         return [f"task.{key}={task[key]}: needs task.teacher" for key in weights]
@@ -281,7 +318,7 @@ def derive(config: dict[str, Any]) -> None:
         # About twenty validations, and for a very short run just one, at its end.
         steps = trainer["max_steps"] * trainer["accumulate_grad_batches"]
         trainer["val_check_interval"] = max(steps // 20, min(steps, 20)) if steps > 0 else 1.0
-    if config["method"]["component"] == "fixed":
+    if "control" in task and config["method"]["component"] == "fixed":
         task["control"] = False  # a fixed order is its own control
 
 
@@ -289,7 +326,8 @@ def digest(config: Mapping[str, Any]) -> str:
     """Eight hex digits of what the run computes: the configuration without seed and machine keys."""
     reduced = copy.deepcopy(dict(config))
     # A named dataset is the same wherever it lies; a folder of one's own is known by its place alone.
-    keys = MACHINE_KEYS if config["data"]["name"] == "image_folder" else (*MACHINE_KEYS, "data.root")
+    own = config["data"]["component"] in ("image_folder", "hub_text")
+    keys = MACHINE_KEYS if own else (*MACHINE_KEYS, "data.root")
     for dotted in keys:
         *parents, key = dotted.split(".")
         node = reduced

@@ -18,13 +18,14 @@ from typing import Any
 
 from permlab.config import CONF, digest, run_directory
 from permlab.errors import ConfigError
+from permlab.report import headline
 from permlab.rundir import is_done, read_summary
 
 # Left behind by a launcher around us or by an earlier job; each job sets its own.
 RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 OTHER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", "PL_SEED_WORKERS")
-COLUMNS = ("control", "learned", "refit")
-METRICS = ("test/accuracy_control", "test/accuracy", "test/accuracy_refit")
+ORDER_COLUMNS = {"control": "_control", "learned": "", "refit": "_refit"}
+PRUNING_COLUMNS = {"dense": "_dense", "unpermuted": "_unpermuted", "pruned": ""}
 
 
 def multirun(name: str, jobs: Sequence[Sequence[str]]) -> int:
@@ -59,12 +60,7 @@ def multirun(name: str, jobs: Sequence[Sequence[str]]) -> int:
 
 def run_isolated(name: str, job: Sequence[str]) -> int:
     """Exit code of one job, run in a process forked from the preloaded server."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["permlab.run"])
-    # Lightning's launcher starts further ranks from sys.argv.
-    script = str(CONF.parent / f"{name}.py")
-    process = context.Process(target=_job, args=(name, script, list(job), dict(os.environ)))
-    process.start()
+    process = start_job(name, job)
     previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         _join(process)
@@ -72,6 +68,17 @@ def run_isolated(name: str, job: Sequence[str]) -> int:
         signal.signal(signal.SIGTERM, previous)
     code = process.exitcode or 0
     return 128 - code if code < 0 else code
+
+
+def start_job(name: str, job: Sequence[str]) -> BaseProcess:
+    """A job that has been started in a process forked from the preloaded server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["permlab.run"])
+    # Lightning's launcher starts further ranks from sys.argv.
+    script = str(CONF.parent / f"{name}.py")
+    process = context.Process(target=_job, args=(name, script, list(job), dict(os.environ)))
+    process.start()
+    return process
 
 
 def _join(process: BaseProcess) -> None:
@@ -99,17 +106,33 @@ def _job(name: str, script: str, job: list[str], environment: dict[str, str]) ->
 def table(jobs: Sequence[Sequence[str]], configs: Sequence[dict[str, Any] | None], codes: Sequence[int]) -> str:
     """One line per job, then mean and standard deviation over the seeds of each configuration."""
     swept = _swept(jobs)
-    rows = [[_label(job, swept), *_cells(config, code)] for job, config, code in zip(jobs, configs, codes, strict=True)]
+    summaries = [_summary(config, code) for config, code in zip(configs, codes, strict=True)]
+    finished = [summary for summary in summaries if summary is not None]
+    metric = headline(finished[0]) if finished else "test/accuracy"
+    pruned = any(f"{metric}_unpermuted" in summary for summary in finished)
+    columns = PRUNING_COLUMNS if pruned else ORDER_COLUMNS
+    keys = [metric + suffix for suffix in columns.values()]
+    rows = []
+    for job, summary, code in zip(jobs, summaries, codes, strict=True):
+        failed = [f"failed (exit {code})", "", ""]
+        rows.append([_label(job, swept), *(failed if summary is None else [_cell(summary, key) for key in keys])])
     groups: dict[str, list[int]] = {}
     for index, config in enumerate(configs):
-        if config is not None and codes[index] == 0:
+        if config is not None and summaries[index] is not None:
             groups.setdefault(digest(config), []).append(index)
     for members in groups.values():
         if len(members) > 1:
             first = _label(jobs[members[0]], [i for i in swept if not jobs[members[0]][i].startswith("seed=")])
-            finished = [read_summary(run_directory(configs[i])) for i in members]  # type: ignore[arg-type]
-            rows.append([f"{first or 'all'} ({len(members)} seeds)", *(_spread(finished, key) for key in METRICS)])
-    return _format([["test accuracy, %", *COLUMNS], *rows])
+            of_seeds = [summary for i in members if (summary := summaries[i]) is not None]
+            rows.append([f"{first or 'all'} ({len(members)} seeds)", *(_spread(of_seeds, key) for key in keys)])
+    title = "test accuracy, %" if metric == "test/accuracy" else "test perplexity"
+    return _format([[title, *columns], *rows])
+
+
+def _summary(config: dict[str, Any] | None, code: int) -> dict[str, float] | None:
+    if config is None or code or not is_done(run_directory(config)):
+        return None
+    return read_summary(run_directory(config))
 
 
 def _swept(jobs: Sequence[Sequence[str]]) -> list[int]:
@@ -120,16 +143,19 @@ def _label(job: Sequence[str], swept: Sequence[int]) -> str:
     return " ".join(job[index] for index in swept)
 
 
-def _cells(config: dict[str, Any] | None, code: int) -> list[str]:
-    if config is None or code or not is_done(run_directory(config)):
-        return [f"failed (exit {code})", "", ""]
-    summary = read_summary(run_directory(config))
-    return [f"{100 * summary[key]:.1f}" if key in summary else "-" for key in METRICS]
+def _cell(summary: dict[str, float], key: str) -> str:
+    return _number(summary[key], key) if key in summary else "-"
+
+
+def _number(value: float, key: str) -> str:
+    return f"{100 * value:.1f}" if key.startswith("test/accuracy") else f"{value:.3f}"
 
 
 def _spread(summaries: Sequence[dict[str, float]], key: str) -> str:
-    values = [100 * summary[key] for summary in summaries if key in summary]
-    return f"{statistics.mean(values):.1f} +- {statistics.stdev(values):.1f}" if len(values) > 1 else "-"
+    values = [summary[key] for summary in summaries if key in summary]
+    if len(values) < 2:
+        return "-"
+    return f"{_number(statistics.mean(values), key)} +- {_number(statistics.stdev(values), key)}"
 
 
 def _format(rows: Sequence[Sequence[str]]) -> str:

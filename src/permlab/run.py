@@ -21,7 +21,8 @@ from permlab.callback.preemption import Preemption
 from permlab.callback.progress import Progress
 from permlab.callback.resume import ResumeRandomState
 from permlab.callback.temperature import Temperature
-from permlab.config import build, digest, run_directory
+from permlab.compose import resolve_train
+from permlab.config import build, data_spec, derive, digest, run_directory
 from permlab.data.module import DataModule
 from permlab.errors import ConfigError, Interrupted
 from permlab.figure.draw import draw_all
@@ -39,6 +40,7 @@ from permlab.rundir import (
     write_json,
     write_npz,
 )
+from permlab.sparsity.site_methods import SiteMethods
 from permlab.strategy import ShardedBackbone
 from permlab.task.base import Task
 from permlab.tracking import RunLogger, replay
@@ -79,9 +81,11 @@ def evaluate(config: Config) -> Summary:
         ConfigError: if the run's checkpoint or dataset cannot be read, or the upload fails.
     """
     run_dir = Path(config["run"])
-    settings = yaml.safe_load((run_dir / "config.yaml").read_text())
+    settings = _read_config(run_dir)
     _quiet_lightning()
     _, data, task = _build(settings)
+    if settings["task"].get("dense"):
+        data.seed = _read_config(Path(settings["task"]["dense"]))["seed"]
     _set_threads(settings, task.model)
     # One process, wherever the run was trained: its ranks would each print.
     accelerator = "cpu" if settings["trainer"]["accelerator"] == "cpu" else "auto"
@@ -109,7 +113,8 @@ def run_once(config: Config, *, announce: bool = False) -> Summary:
     if is_done(run_dir) and not config["force"]:
         return read_summary(run_dir)
     _quiet_lightning()
-    parts, data, task = _build(config)
+    dense = dense_run(config)
+    parts, data, task = _build(config, dense)
     _set_threads(config, parts.model)
     if is_rank_zero():
         if config["force"]:
@@ -119,9 +124,9 @@ def run_once(config: Config, *, announce: bool = False) -> Summary:
             print(_opening(config, parts), flush=True)
     try:
         summary = {} if not (run_dir / "summary.json").is_file() else read_summary(run_dir)
-        if "test/accuracy" not in summary:
+        if not any(name.startswith("test/") for name in summary):
             summary = fit_and_test(config, run_dir, parts, data, task)
-        if config["task"]["control"]:
+        if config["task"].get("control"):
             summary |= compare(config, run_dir, summary)
     except BaseException as error:
         if is_rank_zero() and not isinstance(error, Interrupted):
@@ -132,12 +137,70 @@ def run_once(config: Config, *, announce: bool = False) -> Summary:
     return summary
 
 
-def _build(config: Config) -> tuple[Assembly, DataModule, Task]:
-    """Model, method, data and task of a configuration, everything that can refuse it."""
+def dense_run(config: Config) -> Path | None:
+    """Directory of the run whose model is pruned; None where nothing is, or the model comes pretrained.
+
+    It is `task.dense`, or a run of the same model and data, seed and machine settings under the
+    default schedule of its task, which is trained here unless it has been before.
+    """
+    if "dense" not in config["task"]:
+        return None
+    if config["task"]["dense"]:
+        return Path(config["task"]["dense"])
+    if config["model"].get("pretrained"):
+        return None
+    dense = _dense_config(config)
+    run_dir = run_directory(dense)
+    if is_rank_zero():
+        print(f"dense model: {'found trained' if is_done(run_dir) else 'training it once'}, {run_dir}", flush=True)
+    run_once(dense)
+    return run_dir
+
+
+def _dense_config(config: Config) -> dict[str, Any]:
+    name = "lm" if data_spec(config["data"]).kind == "text" else "classify"
+    words = [f"task={name}", "method=fixed", f"model={config['model']['name']}", f"data={config['data']['name']}"]
+    dense = resolve_train(words)[0]
+    dense["model"] = dict(config["model"])
+    own = ("batch_size", "num_workers")
+    dense["data"] |= {key: value for key, value in config["data"].items() if key not in own}
+    machine = ("accelerator", "strategy", "devices", "num_nodes", "precision", "enable_progress_bar")
+    dense["trainer"] |= {key: config["trainer"][key] for key in machine if key in config["trainer"]}
+    if config["task"]["dense_steps"]:
+        dense["trainer"]["max_steps"] = config["task"]["dense_steps"]
+        dense["trainer"]["val_check_interval"] = None
+    dense |= {key: config[key] for key in ("seed", "paths", "num_threads", "logger")}
+    dense["optim"]["lr"] = dense["model"]["lr"]
+    derive(dense)
+    return dense
+
+
+def _build(config: Config, dense: Path | None = None) -> tuple[Assembly, DataModule, Task]:
+    """Model, method, data and task of a configuration, everything that can refuse it.
+
+    The data of a dense run is split as that run had it, or its training samples would be among
+    those that the pruned model is tested on.
+    """
     parts = assemble(config)
-    data = DataModule(config["data"], config["seed"])
+    data = DataModule(config["data"], config["seed"] if dense is None else _read_config(dense)["seed"])
     task = build("task", config["task"], parts.spec, parts.model, parts.method, config["optim"], config["seed"])
+    if dense is not None:
+        load_weights(dense / "checkpoints" / "best.ckpt", ("model", parts.model))
+        task.read_order.set(_read_order(dense))
     return parts, data, task
+
+
+def _read_config(run_dir: Path) -> dict[str, Any]:
+    return yaml.safe_load((run_dir / "config.yaml").read_text())
+
+
+def _read_order(dense: Path) -> torch.Tensor:
+    """The order in which a run's model reads its items."""
+    path = dense / "arrays" / "order.npz"
+    with np.load(path, allow_pickle=False) as arrays:
+        if "order" not in arrays:
+            raise ConfigError(f"task.dense={dense}: its order depends on the image; prune a run with one order for all")
+        return torch.from_numpy(arrays["order"])
 
 
 def fit_and_test(config: Config, run_dir: Path, parts: Assembly, data: DataModule, task: Task) -> Summary:
@@ -146,6 +209,7 @@ def fit_and_test(config: Config, run_dir: Path, parts: Assembly, data: DataModul
     if is_rank_zero():
         truncate_metrics(run_dir, _step_of(checkpoint))
     began = time.monotonic()
+    task.begin(data)
     logger = _logger(config, run_dir)
     arguments = _trainer_arguments(config)
     sharded = arguments["strategy"] == "fsdp"
@@ -154,25 +218,44 @@ def fit_and_test(config: Config, run_dir: Path, parts: Assembly, data: DataModul
     trainer = L.Trainer(
         **arguments,
         logger=logger,
-        callbacks=_callbacks(config, run_dir, parts, data),
+        callbacks=_callbacks(config, run_dir, parts, data, task),
         default_root_dir=run_dir,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
     L.seed_everything(config["seed"], verbose=False)
-    trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    if task.learns:
+        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     seconds = time.monotonic() - began
-    summary = _statistics(parts, trainer)
+    summary = _statistics(parts, task, trainer)
+    summary |= _finish(config, run_dir, task, data, trainer)
     if sharded:
         parts, data, task = _build(config)  # the trained one holds shards, which no checkpoint fits
         trainer = L.Trainer(**_trainer_arguments(config) | {"strategy": "ddp"}, use_distributed_sampler=False)
     summary |= evaluate_best(config, run_dir, task, data, trainer=trainer)
     summary["train/seconds"] = round(seconds, 3)
     if is_rank_zero():
-        _write_results(run_dir, parts, task, data)
+        _write_results(run_dir, parts, task)
         write_json(run_dir / "summary.json", summary)  # last: a run that has it is not trained again
         logger.mirror_results(summary, draw_all(run_dir))
     logger.finalize("success")
+    return summary
+
+
+def _finish(config: Config, run_dir: Path, task: Task, data: DataModule, trainer: L.Trainer) -> Summary:
+    """What the task makes of its training, and the test of what the result is compared with."""
+    if task.permutes != "weights":
+        return {}
+    if task.learns:
+        load_weights(run_dir / "checkpoints" / "picked.ckpt", ("method", task.method))
+    summary = task.finish(run_dir)
+    trainer.strategy.barrier()
+    final = {name: task.model.get_parameter(name).clone() for name in task.variants["dense"]}
+    for variant, weights in task.variants.items():
+        task.use(weights)
+        scores = _test(task, data, trainer)
+        summary |= {f"{name}_{variant}": value for name, value in scores.items()}
+    task.use(final)
     return summary
 
 
@@ -186,10 +269,14 @@ def evaluate_best(
     trainer: L.Trainer | None = None,
 ) -> Summary:
     """Metrics of the checkpoint that validation picked, on `test` or `val`."""
-    load_weights(run_dir / "checkpoints" / "best.ckpt", ("model", task.model), ("method", task.method))
+    load_weights(run_dir / "checkpoints" / "best.ckpt", *task.tested())
     arguments = _trainer_arguments(config) | {"enable_progress_bar": False}
     if trainer is None:
         trainer = L.Trainer(**arguments, logger=False, enable_checkpointing=False, use_distributed_sampler=False)
+    return _test(task, data, trainer, split=split)
+
+
+def _test(task: Task, data: DataModule, trainer: L.Trainer, *, split: str = "test") -> Summary:
     trainer.logger = None
     run = trainer.test if split == "test" else trainer.validate
     run(task, datamodule=data, verbose=False)
@@ -236,10 +323,16 @@ def _quiet_lightning() -> None:
 def _opening(config: Config, parts: Assembly) -> str:
     spec, model = parts.spec, parts.model
     count = sum(parameter.numel() for parameter in model.parameters())
-    return (
-        f"{config['task']['name']}: {config['data']['name']} ({spec.num_classes} classes), {config['model']['name']} "
-        f"({count:,} parameters) reading {model.height}x{model.width} patches, method {config['method']['name']}"
+    kind = "tokens" if spec.kind == "text" else "classes"
+    size = f"{model.width} tokens" if spec.kind == "text" else f"{model.height}x{model.width} patches"
+    line = (
+        f"{config['task']['name']}: {config['data']['name']} ({spec.num_classes} {kind}), {config['model']['name']} "
+        f"({count:,} parameters) reading {size}, method {config['method']['name']}"
     )
+    if isinstance(parts.method, SiteMethods):
+        task = config["task"]
+        line += f" at {len(parts.method.sites)} sites, {task['n']}:{task['m']}, pruner {task['pruner']}"
+    return line
 
 
 def _set_threads(config: Config, model: torch.nn.Module) -> None:
@@ -259,18 +352,23 @@ def _trainer_arguments(config: Config) -> dict[str, Any]:
     return arguments
 
 
-def _callbacks(config: Config, run_dir: Path, parts: Assembly, data: DataModule) -> list[L.Callback]:
+def _callbacks(config: Config, run_dir: Path, parts: Assembly, data: DataModule, task: Task) -> list[L.Callback]:
     folder = run_dir / "checkpoints"
     common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False, "save_on_train_epoch_end": False}
-    best = ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", save_weights_only=True, **common)
+    monitor, mode = task.monitor
+    # What pruning picks are orders; its `best` is the model that it makes of them.
+    picked = "picked" if task.permutes == "weights" else "best"
+    best = ModelCheckpoint(filename=picked, monitor=monitor, mode=mode, save_weights_only=True, **common)
     last = ModelCheckpoint(filename="last", **common)
-    grid = (parts.model.height, parts.model.width)
+    items = task.permutes == "items"
+    grid = (parts.model.height, parts.model.width) if items else None
+    background = data.mean_image() if items and parts.spec.kind == "image" else None
     display = [Progress()] if config["trainer"].get("enable_progress_bar", True) else []
     return [
         *display,
         Temperature(),
         ResumeRandomState(),
-        PermutationLog(run_dir, grid=grid, mean_image=data.mean_image()),
+        PermutationLog(run_dir, grid=grid, mean_image=background),
         Preemption(folder / "last.ckpt"),
         ValidateAtEnd(),
         best,
@@ -299,21 +397,25 @@ def _step_of(checkpoint: Path | None) -> int:
         raise ConfigError(f"checkpoint {checkpoint}: cannot be read ({type(error).__name__})") from error
 
 
-def _statistics(parts: Assembly, trainer: L.Trainer) -> Summary:
-    checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    picked = next(callback for callback in checkpoints if callback.monitor)
-    assert picked.best_model_score is not None, "the last step is always validated"
-    return {
+def _statistics(parts: Assembly, task: Task, trainer: L.Trainer) -> Summary:
+    statistics = {
         "train/steps": float(trainer.global_step),
         "model/num_parameters": float(sum(p.numel() for p in parts.model.parameters())),
         "permutation/num_parameters": float(sum(p.numel() for p in parts.method.parameters())),
-        "val/accuracy": float(picked.best_model_score),
     }
+    checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    picked = next(callback for callback in checkpoints if callback.monitor)
+    if task.learns:
+        assert picked.best_model_score is not None, "the last step is always validated"
+        statistics[task.monitor[0]] = float(picked.best_model_score)
+    return statistics
 
 
-def _write_results(run_dir: Path, parts: Assembly, task: Task, data: DataModule) -> None:
+def _write_results(run_dir: Path, parts: Assembly, task: Task) -> None:
     """The picked order and the confusion matrix, for figures, refits and reports."""
     method = parts.method
+    if isinstance(method, SiteMethods):
+        return
     arrays = {"start_order": method.start_order.cpu().numpy()}
     if not method.needs_items:
         arrays["order"] = method.best().cpu().numpy()

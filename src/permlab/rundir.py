@@ -80,6 +80,12 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     return _decode(json.loads((run_dir / "summary.json").read_text()))
 
 
+def read_provenance(run_dir: Path) -> dict[str, Any]:
+    """Where a run's code came from and what it ran on; empty where that was not recorded."""
+    path = run_dir / "provenance.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 # Metrics over time
 
 
@@ -157,6 +163,13 @@ def write_json(path: Path, value: Any) -> None:
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
     """Write arrays of numbers or text, compressed."""
     _write(path, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
+
+
+def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write tensors in plain containers, as `torch.load(weights_only=True)` reads them."""
+    import torch  # the other files of a run are written and read without it
+
+    _write(path, lambda file: torch.save(dict(state), file))
 
 
 def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

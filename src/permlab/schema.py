@@ -66,11 +66,6 @@ class MethodKeys(ComponentKeys):
 
 
 @dataclass
-class TaskKeys(ComponentKeys):
-    control: bool  # also train the starting order held fixed, and a fresh model under the learned order
-
-
-@dataclass
 class DataKeys(ComponentKeys):
     batch_size: PositiveInt  # per process
     num_workers: NonNegativeInt
@@ -134,7 +129,7 @@ _SCHEMAS: dict[str, type] = {
     "paths": PathsKeys,
     "model": ModelKeys,
     "method": MethodKeys,
-    "task": TaskKeys,
+    "task": ComponentKeys,
     "data": DataKeys,
     "optim": OptimKeys,
     "trainer": TrainerKeys,

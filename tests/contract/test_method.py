@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from permlab.errors import ConfigError
 from permlab.method.base import Method
 from permlab.option import choices, matches
 from permlab.permutation import PermutationSample, Site, invert, order_to_matrix, permute
+from permlab.sparsity.problem import ChannelProblem
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 PRESETS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
@@ -509,7 +511,7 @@ def trace(preset: str, changes: dict[str, Any]) -> list[Any]:
     """Everything a short training shows of a method, to the bit."""
     method = make(preset, 6, **changes).double()
     items = items_of(5, 6).double()
-    seen: list[Any] = [method.lr]
+    seen: list[Any] = [method.lr, method.num_polish_steps, method.search(channels())]
     for number in range(12):
         method.advance(number, 12)
         sample = method(items, generator=seeded(number))
@@ -520,10 +522,21 @@ def trace(preset: str, changes: dict[str, Any]) -> list[Any]:
     return [(tuple(value.shape), value.flatten().tolist()) if torch.is_tensor(value) else value for value in seen]
 
 
+@functools.cache
+def channels() -> ChannelProblem:
+    """Something to search, large enough that no search is done at once."""
+    weight, inputs = torch.randn(32, 64, generator=seeded(1)), torch.randn(96, 64, generator=seeded(2))
+    hessian = inputs.T @ inputs
+    scores = weight.abs() * hessian.diagonal().sqrt()
+    return ChannelProblem([weight], [hessian], [scores], n=2, m=4)
+
+
 def variations(value: Any, type_: Any) -> list[Any]:
     """Other values of an option, each of which has to make a difference."""
     if isinstance(value, bool):
         return [not value]
+    if value is None:
+        return [other for other in (0.001, 1) if matches(other, type_)][:1]
     if isinstance(value, (int, float)):
         near = [other for other in (value * 2, value / 2, value + 0.25) if other != value and matches(other, type_)]
         return near[:1]
@@ -568,6 +581,34 @@ def test_every_option_changes_some_output(preset, key):
     assert changed, f"no other value of {key}={settings[key]} to try"
     for value in changed:
         assert makes_a_difference(preset, {key: value}), f"{key}: {settings[key]} -> {value} changes nothing"
+
+
+# Searches
+
+SEARCHES = [preset for preset in PRESETS if make(preset, 6).search(channels()) is not None]
+
+
+@pytest.mark.parametrize("num_groups", [1, 4])
+@pytest.mark.parametrize("preset", SEARCHES)
+def test_a_search_finds_a_better_order_and_the_same_one_again(preset, num_groups):
+    problem = replace(channels(), num_groups=num_groups)
+    found = make(preset, 6).search(problem)
+    assert sorted(found.tolist()) == list(range(64))
+    assert (found // (64 // num_groups)).tolist() == (torch.arange(64) // (64 // num_groups)).tolist()
+    assert torch.equal(found, make(preset, 6).search(problem))
+    scores = problem.scores[0].numpy()
+
+    def kept(order):
+        return sum(sum(sorted(row[order[i : i + 4]])[-2:]) for row in scores for i in range(0, 64, 4))
+
+    def lost(order):
+        weight = problem.weights[0].clone()
+        for row, score in zip(weight, problem.scores[0], strict=True):
+            for block in order.view(-1, 4):
+                row[block[score[block].argsort(descending=True)[:2]]] = 0
+        return torch.einsum("oi,ij,oj->", weight, problem.hessians[0], weight)
+
+    assert lost(found) < lost(torch.arange(64)) or kept(found) > kept(torch.arange(64))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -31,13 +31,13 @@ class PermutationLog(L.Callback):
 
     Args:
         run_dir: of the run.
-        grid: rows and columns of the patch grid.
+        grid: rows and columns of the patch grid; None to log statistics alone.
         mean_image: of the training data, `[height, width]` in pixels, as background of pictures.
         num_snapshots: how many, besides the first and the last.
     """
 
     def __init__(
-        self, run_dir: Path, *, grid: tuple[int, int], mean_image: np.ndarray | None, num_snapshots: int = 20
+        self, run_dir: Path, *, grid: tuple[int, int] | None, mean_image: np.ndarray | None, num_snapshots: int = 20
     ) -> None:
         self.folder = run_dir / "arrays"
         self.grid, self.mean_image, self.num_snapshots = grid, mean_image, num_snapshots
@@ -46,10 +46,11 @@ class PermutationLog(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._last_step, self._num_steps = trainer.global_step, trainer.estimated_stepping_batches
-        self._write_grid(pl_module.method.start_order)
+        if self.grid is not None:
+            self._write_grid(pl_module.method.start_order)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == 0 and batch_idx == 0:
+        if trainer.global_step == 0 and batch_idx == 0 and self.grid is not None:
             self._write_snapshot(pl_module, 0, _items(pl_module, batch))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -58,7 +59,7 @@ class PermutationLog(L.Callback):
             return  # gradients are being accumulated
         self._last_step = step
         wants_statistics = step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        wants_snapshot = step == self._num_steps or step % self._interval() == 0
+        wants_snapshot = self.grid is not None and (step == self._num_steps or step % self._interval() == 0)
         if not (wants_statistics or wants_snapshot):
             return
         items = _items(pl_module, batch)
@@ -68,7 +69,7 @@ class PermutationLog(L.Callback):
             self._write_snapshot(pl_module, step, items)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        stopped_early = not self._path(trainer.global_step).is_file()
+        stopped_early = self.grid is not None and not self._path(trainer.global_step).is_file()
         if stopped_early and not _needs_items(pl_module):
             self._write_snapshot(pl_module, trainer.global_step, None)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Progress(ProgressBar):
-    """Steps, loss, validation accuracy, temperature, samples per second and time left.
+    """Steps, loss, validation accuracy or perplexity, temperature, samples per second and time left.
 
     Values are fetched from the device only when the line is redrawn, so that the display does
     not make a GPU wait. Where standard output is no terminal, nothing is printed at all:
@@ -83,8 +83,11 @@ class Progress(ProgressBar):
             return
         # Time spent on validation does not count against the speed of training.
         self._resumed_at += time.monotonic() - self._paused_at
-        if "val/accuracy" in trainer.callback_metrics:
-            self._texts["accuracy"] = f"val {100 * trainer.callback_metrics['val/accuracy'].item():.1f}%"
+        metrics = trainer.callback_metrics
+        if "val/perplexity" in metrics:
+            self._texts["validation"] = f"val {metrics['val/perplexity'].item():.4g}"
+        elif "val/accuracy" in metrics:
+            self._texts["validation"] = f"val {100 * metrics['val/accuracy'].item():.1f}%"
         self._draw(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -97,7 +100,7 @@ class Progress(ProgressBar):
 
     def _draw(self, trainer: L.Trainer) -> None:
         assert self._bar is not None
-        names = ("loss", "accuracy", "temperature", "speed")
+        names = ("loss", "validation", "temperature", "speed")
         text = "  ".join(self._texts[name] for name in names if name in self._texts)
         self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, text=text)
         self._bar.refresh()

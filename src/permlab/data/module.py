@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+from torch import Tensor
 
 from permlab.config import build
 from permlab.data.loader import Batchable, Loader, data_errors
@@ -49,6 +50,20 @@ class DataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> Loader:
         return self._loader("test")
+
+    def sample(self, split: str, count: int) -> list[tuple[Tensor, Tensor]]:
+        """Up to `count` samples of a split, the same ones for the same seed, in batches.
+
+        Raises:
+            ValueError: if the split is empty.
+        """
+        dataset = self._dataset(split)
+        if len(dataset) == 0:
+            raise ValueError(f"the {split} split has no samples to calibrate on")
+        index = np.random.default_rng([self.seed, len(dataset)]).permutation(len(dataset))[:count]
+        size = self.settings["batch_size"]
+        with data_errors():
+            return [dataset.__getitems__(index[i : i + size].tolist()) for i in range(0, len(index), size)]
 
     def mean_image(self, limit: int = 256) -> np.ndarray:
         """Mean over up to `limit` training images and their channels, `[height, width]`.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from permlab.ops.distance import displacement, kendall
 from permlab.ops.schedule import parse
 from permlab.permutation import PermutationSample, Site
+from permlab.sparsity.problem import ChannelProblem
 
 Phase = Literal["warmup", "active", "frozen"]
 
@@ -58,6 +59,10 @@ class Method(nn.Module):
     """
 
     start_order: Tensor
+    # Tasks that the method is for; None for all of them. A literal, read without importing the file.
+    tasks: ClassVar[tuple[str, ...] | None] = None
+    # Sets of swaps to try after training, each kept if it lowers the calibration loss; where a task has one.
+    num_polish_steps: int = 0
     # Whether order and scores depend on the items of the input; then a run has no single learned order.
     needs_items: bool = False
 
@@ -124,6 +129,10 @@ class Method(nn.Module):
     def best(self, items: Float[Tensor, "*b n d"] | None = None) -> Int64[Tensor, "*c n"]:
         """The deterministic order used for evaluation."""
         raise NotImplementedError(f"{type(self).__name__} defines no best")
+
+    def search(self, problem: ChannelProblem) -> Int64[Tensor, " n"] | None:
+        """An order found without training, to start from or to keep; None where the method does not search."""
+        return None
 
     def scores(self, items: Float[Tensor, "*b n d"] | None = None) -> Tensor | None:
         """What the method learns: `[*c, n]` or `[g, m, m]` for g groups of m; None where nothing is learned."""

@@ -21,8 +21,14 @@ class Sinkhorn(Method):
     items by it; `straight_through` gathers by the best assignment of the same noisy table. When
     frozen and in evaluation the order is the best assignment of the table without noise.
 
-    The table starts as `start_scale` times the matrix of the starting order plus a uniform
-    `jitter`, drawn from torch's global generator, which is too small to change the assignment.
+    With `start=order` the table starts as `start_scale` times the matrix of the starting order
+    plus a uniform `jitter`, drawn from torch's global generator, which is too small to change the
+    assignment. `random` starts uniform within `start_scale`, and `zero` at nothing: neither then
+    starts at the starting order.
+
+    With `cost=network` the table stays at its start, and a small network of each item's features
+    adds to it: the product of a learned vector per slot with the network's output for the item.
+    The order then depends on the items, and the number of parameters no longer on n squared.
 
     Args:
         site: where the permutation acts.
@@ -33,11 +39,15 @@ class Sinkhorn(Method):
         estimator: `relaxed` or `straight_through`.
         num_iters: row-plus-column sweeps.
         noise: scale of the Gumbel noise, in units of score; 0 for none.
-        start_scale: score of the starting order's pairs; all others start at 0.
-        jitter: half-width of the uniform noise on the starting table.
+        start: `order`, `zero` or `random`.
+        start_scale: score of the starting order's pairs, all others being 0; half-width of `random`.
+            Without effect on `zero`.
+        jitter: half-width of the uniform noise on the starting table; without effect on `random`.
+        cost: `table` (a score per slot and item) or `network` (scores from the items' features).
+        width: hidden units and output features of `cost=network`.
     Raises:
         ValueError: if the jitter could change the starting order (half of `start_scale` or more),
-            or the fractions exceed 1.
+            the network needs features that the site has not, or the fractions exceed 1.
     Source: Mena et al. 2018, arXiv:1802.08665.
     Differs from source: noise is scaled apart from the temperature, as in later code; start and
         straight-through variant are not the paper's.
@@ -46,7 +56,7 @@ class Sinkhorn(Method):
     Example:
         >>> site = Site(name="patches", order=torch.tensor([2, 0, 1]))
         >>> options = dict(lr=0.01, warmup_fraction=0.0, freeze_fraction=0.3, num_iters=20)
-        >>> start = dict(noise=0.0, start_scale=1.0, jitter=0.01)
+        >>> start = dict(noise=0.0, start="order", start_scale=1.0, jitter=0.01, cost="table", width=1)
         >>> Sinkhorn(site, temperature=0.3, estimator="straight_through", **options, **start)().order
         tensor([2, 0, 1])
     """
@@ -62,25 +72,39 @@ class Sinkhorn(Method):
         estimator: Literal["relaxed", "straight_through"],
         num_iters: PositiveInt,
         noise: NonNegativeFloat,
+        start: Literal["order", "zero", "random"],
         start_scale: PositiveFloat,
         jitter: NonNegativeFloat,
+        cost: Literal["table", "network"],
+        width: PositiveInt,
     ) -> None:
         super().__init__(
             site, temperature=temperature, lr=lr, warmup_fraction=warmup_fraction, freeze_fraction=freeze_fraction
         )
-        if jitter >= start_scale / 2:
+        if start == "order" and jitter >= start_scale / 2:
             raise ValueError(f"jitter {jitter} could change the starting order: keep it below start_scale / 2")
         self.estimator: Literal["relaxed", "straight_through"] = estimator
         self.num_iters = num_iters
         self.noise = noise
-        start = order_to_matrix(self.split_order(site.order))
-        uniform = 2 * torch.rand(start.shape) - 1
-        # Jitter belongs to the places of the starting order, not to item numbers: relabelling
+        self.needs_items = cost == "network"
+        table = self._start(start, start_scale, jitter)
+        self.network: CostNetwork | None = None
+        if cost == "table":
+            self.table: Tensor = nn.Parameter(table)
+        else:
+            self.register_buffer("table", table)
+            self.network = CostNetwork(site, width=width)
+
+    def _start(self, start: str, scale: float, jitter: float) -> Float[Tensor, "g m m"]:
+        matrix = order_to_matrix(self.split_order(self.site.order))
+        uniform = (2 * torch.rand(matrix.shape) - 1).to(matrix.device)
+        # Noise belongs to the places of the starting order, not to item numbers: relabelling
         # the items of a site relabels its table and nothing else.
-        self.table = nn.Parameter(start_scale * start + (jitter * uniform.to(start.device)) @ start)
+        noise = uniform @ matrix
+        return {"order": scale * matrix + jitter * noise, "zero": jitter * noise, "random": scale * noise}[start]
 
     def sample(self, items: Tensor | None, generator: torch.Generator | None) -> PermutationSample:
-        table = self._bounded_table()
+        table = self._scores(items)
         if self.noise > 0:
             table = table + self.noise * _gumbel_like(table, generator)
         return PermutationSample(
@@ -88,22 +112,59 @@ class Sinkhorn(Method):
         )
 
     def best(self, items: Float[Tensor, "*b n d"] | None = None) -> Int64[Tensor, "*c n"]:
-        return self._assign(self._bounded_table())
+        return self._assign(self._scores(items))
 
     def scores(self, items: Float[Tensor, "*b n d"] | None = None) -> Tensor | None:
-        return self.table
+        scores = self._scores(items)
+        return scores if scores.ndim == 3 else scores.flatten(0, -4).mean(0)
 
     def soft_matrix(self, items: Float[Tensor, "*b n d"] | None = None) -> Float[Tensor, "*c n n"] | None:
-        return self._relax(self._bounded_table())
+        return self._relax(self._scores(items))
 
-    def _bounded_table(self) -> Float[Tensor, "g m m"]:
-        return self.table.clamp(-MAX_SCORE, MAX_SCORE)
+    def _scores(self, items: Tensor | None) -> Float[Tensor, "*b g m m"]:
+        scores = self.table if self.network is None else self.table + self.network(items)
+        return scores.clamp(-MAX_SCORE, MAX_SCORE)
 
-    def _assign(self, table: Float[Tensor, "g m m"]) -> Int64[Tensor, " n"]:
+    def _assign(self, table: Float[Tensor, "*b g m m"]) -> Int64[Tensor, "*b n"]:
         return self.merge_orders(assign(table.detach()))
 
-    def _relax(self, table: Float[Tensor, "g m m"]) -> Float[Tensor, "n n"]:
+    def _relax(self, table: Float[Tensor, "*b g m m"]) -> Float[Tensor, "*b n n"]:
         return self.merge_matrices(sinkhorn(table, temperature=self.temperature, num_iters=self.num_iters))
+
+
+class CostNetwork(nn.Module):
+    """Scores of slots and items from the items' features: a vector per slot times a network's output per item.
+
+    The network's last layer starts at zero, and so do all scores. Slots of different groups have
+    vectors of their own.
+
+    Shapes:
+        n: items.  d: features of an item.  g, m: groups, and items of a group.
+    Args:
+        site: where the permutation acts.
+        width: hidden units, and length of a slot's vector.
+    Raises:
+        ValueError: if the site's items have no features.
+    Cost: O(n (d + m) width) time for each input.
+    """
+
+    def __init__(self, site: Site, *, width: int) -> None:
+        super().__init__()
+        if site.num_features is None:
+            raise ValueError(f"cost=network reads item features, but site {site.name} has num_features=None")
+        self.num_groups, self.num_features = site.num_groups, site.num_features
+        size = site.num_items // site.num_groups
+        self.slots = nn.Parameter(torch.randn(site.num_groups, size, width, device=site.order.device) / width**0.5)
+        last = nn.Linear(width, width, bias=False)
+        nn.init.zeros_(last.weight)
+        self.items = nn.Sequential(nn.Linear(site.num_features, width), nn.GELU(), last)
+
+    def forward(self, items: Float[Tensor, "*b n d"] | None) -> Float[Tensor, "*b g m m"]:
+        if items is None or items.shape[-1] != self.num_features:
+            given = None if items is None else items.shape[-1]
+            raise ValueError(f"cost=network needs items of {self.num_features} features, got {given}")
+        vectors = self.items(items.to(self.slots.dtype)).unflatten(-2, (self.num_groups, -1))
+        return self.slots @ vectors.mT
 
 
 def _gumbel_like(table: Tensor, generator: torch.Generator | None) -> Tensor:

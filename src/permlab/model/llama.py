@@ -1,7 +1,8 @@
 """LLaMA, from transformers: a causal transformer over patches or tokens."""
 
 from collections.abc import Callable
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -11,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from permlab.data.spec import DataSpec
 from permlab.model.base import Backbone, free_of_decay, patchify
+from permlab.model.pretrained import check_equal, load_checkpoint, open_checkpoint
 from permlab.option import PositiveFloat, PositiveInt
 
 # Longest text of the rotary embedding in its published, stretched form; allocates nothing.
@@ -43,9 +45,13 @@ class Llama(Backbone):
         position: `slot`, `item` or `none`, as above.
         readout: features of the last slot, or the mean over slots; for images.
         tie_embeddings: whether the head of a text model is its embedding table; for text.
+        pretrained: start from the weights of a LLaMA for text: a folder in transformers' format, or a name
+            on the hub such as `meta-llama/Llama-3.2-1B`, which downloads on first use. Only safetensors are
+            read. They are meant for the ids of their own tokenizer. None: random weights.
     Raises:
         ValueError: if the patch size does not divide the image, the heads do not fit each other or the width,
-            the width of a head is odd, or rope_factor is below 1.
+            the width of a head is odd, or rope_factor is below 1; if pretrained weights cannot be had, are of
+            another shape than the other options say, or are wanted for images or without `position=slot`.
     Source: Touvron et al. 2023, arXiv:2307.09288; Llama Team 2024, arXiv:2407.21783; through
         transformers' `LlamaModel`.
     Differs from source: patches, the `item` and `none` positions and the two read-outs of images are ours.
@@ -77,6 +83,7 @@ class Llama(Backbone):
         position: Literal["item", "slot", "none"],
         readout: Literal["last", "mean"],
         tie_embeddings: bool,
+        pretrained: str | None = None,  # saved configurations of older versions do not have it
     ) -> None:
         super().__init__()
         _check_heads(width, num_heads, num_kv_heads)
@@ -98,6 +105,8 @@ class Llama(Backbone):
             use_cache=False,
             attn_implementation="sdpa",  # type: ignore[call-arg]
         )
+        # Checked first, since building a large network takes minutes.
+        folder = None if pretrained is None else _open_fitting(pretrained, config, spec, position, tie_embeddings)
         self.network = LlamaModel(config)
         # Its own table would get no gradient from patches, and ours has to be the head's where tied.
         self.network.embed_tokens = None  # type: ignore[assignment]
@@ -107,6 +116,8 @@ class Llama(Backbone):
         if position == "item":
             self.position_table = free_of_decay(_normal(torch.empty(self.num_items, width)))
         self._add_ends(spec, tie_embeddings)
+        if pretrained is not None and folder is not None:
+            load_checkpoint(pretrained, folder, self, rename=_our_name)
 
     def _add_ends(self, spec: DataSpec, tie_embeddings: bool) -> None:
         """Embedding and head, which depend on the kind of data."""
@@ -185,6 +196,54 @@ def _rope_parameters(theta: float, factor: float) -> dict[str, float | int | str
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
+
+
+def _open_fitting(name: str, config: LlamaConfig, spec: DataSpec, position: str, tie_embeddings: bool) -> Path:
+    """Folder of a checkpoint that fits.
+
+    Raises:
+        ValueError: if there is none, or it does not fit.
+    """
+    if spec.kind != "text":
+        raise ValueError(f"pretrained={name}: these weights read text, the data is {spec.kind}")
+    if position != "slot":
+        raise ValueError(f"pretrained={name}: these weights rotate by slot, not position={position}")
+    folder, theirs = open_checkpoint(name, LlamaConfig)
+    settings = {option: (getattr(theirs, key), getattr(config, key)) for option, key in _SETTINGS.items()}
+    settings["vocabulary"] = (theirs.vocab_size, spec.num_classes)
+    settings["tie_embeddings"] = (bool(theirs.tie_word_embeddings), tie_embeddings)
+    check_equal(name, settings | _rope_settings(theirs.rope_parameters, config.rope_parameters))
+    return folder
+
+
+# Our names of transformers' settings, which for the last four are not to be chosen.
+_SETTINGS = {
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "mlp_width": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "head width": "head_dim",
+    "activation": "hidden_act",
+    "attention_bias": "attention_bias",
+    "mlp_bias": "mlp_bias",
+}
+
+
+def _rope_settings(theirs: Any, ours: Any) -> dict[str, tuple[Any, Any]]:
+    settings = {"rope_theta": (theirs["rope_theta"], ours["rope_theta"])}
+    settings["rope_factor"] = (theirs.get("factor", 1.0), ours.get("factor", 1.0))
+    for key in ("rope_type", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+        settings[key] = (theirs.get(key), ours.get(key))
+    return settings
+
+
+def _our_name(key: str) -> str | None:
+    if key.endswith("rotary_emb.inv_freq"):
+        return None  # old checkpoints store the wavelengths, which follow from the settings
+    renamed = {"model.embed_tokens.weight": "embedding.weight", "lm_head.weight": "head.weight"}
+    return renamed.get(key, key.replace("model.", "network.", 1))
 
 
 def _normal(weight: Tensor) -> nn.Parameter:

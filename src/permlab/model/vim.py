@@ -168,7 +168,7 @@ class Mixer(nn.Module):
         step, B, C = x_proj(u.mT).mT.split([self.dt_rank, self.num_states, self.num_states], dim=1)
         return selective_scan(
             u,
-            dt_proj.weight @ step,
+            dt_proj(step.mT).mT,
             -rates.float().exp() if rates.dtype != torch.float64 else -rates.exp(),
             B,
             C,
@@ -183,9 +183,16 @@ def _table(length: int, width: int) -> nn.Parameter:
     return free_of_decay(nn.Parameter(nn.init.trunc_normal_(torch.empty(1, length, width), std=0.02)))
 
 
-def _step_projection(rank: int, inner: int) -> nn.Linear:
-    """Projection to step sizes; its bias makes softplus start log-uniform between `DT_MIN` and `DT_MAX`."""
-    projection = nn.Linear(rank, inner)
+class StepProjection(nn.Linear):
+    """Projection to step sizes, whose bias the scan adds."""
+
+    def forward(self, input: Float[Tensor, "b l r"]) -> Float[Tensor, "b l e"]:
+        return F.linear(input, self.weight)
+
+
+def _step_projection(rank: int, inner: int) -> StepProjection:
+    """Projection whose bias makes softplus start log-uniform between `DT_MIN` and `DT_MAX`."""
+    projection = StepProjection(rank, inner)
     nn.init.uniform_(projection.weight, -(rank**-0.5), rank**-0.5)
     low, high = math.log(DT_MIN), math.log(DT_MAX)
     step = torch.exp(torch.rand(inner) * (high - low) + low).clamp(min=DT_FLOOR)

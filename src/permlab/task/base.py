@@ -1,35 +1,122 @@
 """What every task has in common: noise, one optimiser, clipping per group, and stopping at the first NaN."""
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
+from permlab.data.module import DataModule
+from permlab.data.spec import DataSpec
 from permlab.errors import NonFiniteError
 from permlab.method.base import Method
 from permlab.model.base import Backbone
 from permlab.optim import build_optimizer
+from permlab.sparsity.site_methods import SiteMethods
 from permlab.strategy import ShardedBackbone
+from permlab.task.score import Scores, scores_of
 
 
 class Task(L.LightningModule):
-    """A backbone and the method at its items, trained by one optimiser in one backward pass.
+    """A backbone and its method, trained by one optimiser in one backward pass.
+
+    Subclasses define `training_step` and `predict`; the class constant `permutes` says what the
+    method permutes (`items` of the input, or the channels of the model's `weights`), and `takes`
+    the kinds of data, both literals.
 
     Args:
+        spec: shape of the data, from which its metrics follow.
         model, method: what is trained.
         optim: settings of the optimiser, see `permlab.optim`.
         seed: of the method's noise, which is drawn from (seed, step) and so is the same on every rank.
     """
 
-    model: Backbone
-    method: Method
+    takes: ClassVar[tuple[str, ...]] = ("image",)
+    permutes: ClassVar[str] = "items"
 
-    def __init__(self, model: Backbone, method: Method, optim: Mapping[str, Any], seed: int) -> None:
+    def __init__(
+        self, spec: DataSpec, model: Backbone, method: Method | SiteMethods, optim: Mapping[str, Any], seed: int
+    ) -> None:
         super().__init__()
-        self.model, self.method, self.optim, self.seed = model, method, dict(optim), seed
+        self.spec, self.model, self.method, self.optim, self.seed = spec, model, method, dict(optim), seed
         self.num_steps = 1
+        # Other weights of the model that are tested beside its own, by name; filled by `finish`.
+        self.variants: dict[str, dict[str, Tensor]] = {}
+        self.scores = nn.ModuleDict({split: scores_of(spec) for split in ("val", "test")})
+
+    # The story of a run, beside the training itself
+
+    @property
+    def headline(self) -> str:
+        """The metric that a run is judged by, without its split."""
+        return self._scores("test").headline
+
+    @property
+    def monitor(self) -> tuple[str, str]:
+        """What checkpoints are picked by, and whether its `min` or its `max` is best."""
+        return f"val/{self.headline}", self._scores("val").mode
+
+    @property
+    def learns(self) -> bool:
+        """Whether there is anything to train."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    def tested(self) -> tuple[tuple[str, nn.Module], ...]:
+        """Parts of `checkpoints/best.ckpt` that testing needs, each with its prefix there."""
+        return ("model", self.model), ("method", self.method)
+
+    def begin(self, data: DataModule) -> None:
+        """What comes before training: nothing, unless a task says otherwise."""
+
+    @torch.no_grad()
+    def use(self, weights: Mapping[str, Tensor]) -> None:
+        """Put these weights into the model, under its parameters' names."""
+        for name, weight in weights.items():
+            self.model.get_parameter(name).copy_(weight)
+
+    def finish(self, run_dir: Path) -> dict[str, float]:
+        """What comes after training: results by name, and whatever they need in the run's files."""
+        return {}
+
+    # Evaluation
+
+    def predict(self, inputs: Tensor) -> Tensor:
+        """Logits under the deterministic order."""
+        raise NotImplementedError(f"{type(self).__name__} defines no predict")
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def _evaluate(self, split: str, batch: tuple[Tensor, Tensor]) -> Tensor:
+        inputs, targets = batch
+        logits = self.predict(inputs).float()
+        self._scores(split).update(logits, targets)
+        return logits
+
+    def _scores(self, split: str) -> Scores:
+        scores = self.scores[split]
+        assert isinstance(scores, Scores)
+        return scores
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores("test")
+
+    def _log_scores(self, split: str, **more: Tensor) -> None:
+        values = {f"{split}/{name}": value for name, value in (self._scores(split).compute() | more).items()}
+        self.log_dict(values, logger=False)
+        if self.logger is not None and self.global_step:
+            self.logger.log_metrics({key: float(value) for key, value in values.items()}, step=self.global_step)
+        self._scores(split).reset()
+
+    # Training
 
     def _all_but_method(self) -> nn.Module:
         """The backbone and what a task learns beside it, by name."""

@@ -1,14 +1,13 @@
 """Classify images whose patches are read in a learned order."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
+from torchmetrics.classification import MulticlassConfusionMatrix
 
 from permlab.data.spec import DataSpec
 from permlab.errors import ConfigError
@@ -30,6 +29,8 @@ class Classify(Task):
         spec, model, method: what is trained; the method's order is applied between `embed` and `read`.
         optim: settings of the optimiser, see `permlab.optim`.
         seed: of the method's noise, which is drawn from (seed, step) and so is the same on every rank.
+        control: also train the starting order held fixed, and a fresh model under the learned
+            order; see `permlab.run`.
         label_smoothing: of the cross-entropy that is minimised, not of the reward.
         policy_weight: weight of the policy term.
         teacher: a run directory or `timm/<name>`; null for none.
@@ -41,7 +42,7 @@ class Classify(Task):
         ConfigError: if the teacher cannot be loaded, or has other classes where soft targets are wanted.
     """
 
-    takes: ClassVar[tuple[str, ...]] = ("image",)
+    method: Method
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class Classify(Task):
         optim: Mapping[str, Any],
         seed: int,
         *,
+        control: bool,
         label_smoothing: Fraction,
         policy_weight: NonNegativeFloat,
         teacher: str | None,
@@ -58,13 +60,12 @@ class Classify(Task):
         distill_temperature: PositiveFloat,
         feature_weight: NonNegativeFloat,
     ) -> None:
-        super().__init__(model, method, optim, seed)
+        super().__init__(spec, model, method, optim, seed)
+        self.control = control
         self.label_smoothing, self.policy_weight = label_smoothing, policy_weight
         self.distill_weight, self.distill_temperature = distill_weight, distill_temperature
         self.feature_weight = feature_weight
         self._set_teacher(teacher, spec)
-        metrics = {split: _metrics(spec.num_classes) for split in ("val", "test")}
-        self.metrics = nn.ModuleDict(metrics)
         self.confusion = MulticlassConfusionMatrix(spec.num_classes)
         self.confusion_counts: Tensor | None = None
 
@@ -142,48 +143,18 @@ class Classify(Task):
 
     # Evaluation
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate("val", batch)
+    def predict(self, inputs: Tensor) -> Tensor:
+        items = self.model.embed(inputs)
+        return self.model.read(permute(items, self.method(items)))
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.confusion.update(self._evaluate("test", batch), batch[1])
 
-    def _evaluate(self, split: str, batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, labels = batch
-        items = self.model.embed(images)
-        logits = self.model.read(permute(items, self.method(items))).float()
-        metrics = self.metrics[split]
-        metrics["scores"].update(logits, labels)  # type: ignore[index]
-        metrics["loss"].update(F.cross_entropy(logits, labels, reduction="none"))  # type: ignore[index]
-        return logits
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_metrics("val")
-
     def on_test_epoch_end(self) -> None:
-        self._log_metrics("test")
+        super().on_test_epoch_end()
         self.confusion_counts = self.confusion.compute()  # on every rank: it gathers
         self.confusion.reset()
-
-    def _log_metrics(self, split: str) -> None:
-        metrics = self.metrics[split]
-        values = {**metrics["scores"].compute(), "loss": metrics["loss"].compute()}  # type: ignore[index]
-        named = {f"{split}/{name}": value for name, value in values.items()}
-        self.log_dict(named, logger=False)
-        if self.logger is not None and self.global_step:
-            self.logger.log_metrics({key: float(value) for key, value in named.items()}, step=self.global_step)
-        for metric in metrics.values():  # type: ignore[union-attr, operator]
-            metric.reset()
 
     def on_fit_start(self) -> None:
         for teacher in self.teacher:
             teacher.to(self.device)
-
-
-def _metrics(num_classes: int) -> nn.ModuleDict:
-    scores: dict[str, Metric | MetricCollection] = {
-        "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-        "accuracy_top5": MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes)),
-        "calibration_error": MulticlassCalibrationError(num_classes, n_bins=15),
-    }
-    return nn.ModuleDict({"scores": MetricCollection(scores, compute_groups=False), "loss": MeanMetric()})

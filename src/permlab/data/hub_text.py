@@ -1,0 +1,271 @@
+"""Text from local files, or from the Hugging Face hub: WikiText-2, C4, or your own."""
+
+import gzip
+import importlib.util
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from functools import cache, lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from permlab.data.spec import DataSpec
+from permlab.option import PositiveInt
+
+if TYPE_CHECKING:
+    from permlab.data.text import TokenWindows
+
+SPLITS = ("train", "val", "test")
+EXTENSIONS = (".txt", ".jsonl", ".jsonl.gz")
+BYTE = "byte"
+NUM_BYTES = 256
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+class HubText:
+    """Documents joined to one text per split, encoded in one go and cut into samples.
+
+    Where the folder `root` exists, its files `train`, `val` and `test` are read, each ending in
+    `.txt` (one document), or `.jsonl` or `.jsonl.gz` (a document per line, in its field `text`);
+    all are UTF-8. Otherwise the documents are the field `text` of the rows of a dataset on the
+    hub, which needs the package `datasets`. The seed has no say.
+
+    The tokenizer adds its special tokens once per split, as it does to any text.
+
+    The vocabulary has to be known before anything slow is imported. It is 256 for bytes; for a
+    local folder it is read from `tokenizer.json` and, in a model's folder, from `config.json`,
+    whose embedding may be padded; a tokenizer on the hub needs `vocab_size`.
+
+    Args:
+        root: folder of local files, which takes precedence.
+        repository: dataset on the hub, such as `Salesforce/wikitext`.
+        subset: its configuration, such as `wikitext-2-raw-v1`; null for a dataset of one.
+        revision: commit, tag or branch of the dataset; null for the newest, which may change.
+        train_file, val_file, test_file: the one file of the dataset that makes up the split; null
+            for the dataset's own split (`val` is its `validation`).
+        streaming: fetch documents as they are read, instead of downloading the dataset first.
+        num_documents: read no more than this many per split; null for all. Without effect on `.txt`.
+        separator: text between two documents.
+        tokenizer: `byte`, a local folder, or a name on the hub for `transformers.AutoTokenizer`.
+        vocab_size: number of tokens, at least the tokenizer's own; null where it can be read.
+        sequence_length: tokens per sample. Perplexity depends on it.
+    Raises:
+        ValueError: naming the tokenizer, if its folder or vocabulary cannot be found, or
+            `vocab_size` is too small for it.
+    Source: WikiText-2: Merity et al. 2016, arXiv:1609.07843. C4: Raffel et al. 2020, arXiv:1910.10683.
+    Differs from source: a window has sequence_length + 1 tokens and as many predictions as
+        sequence_length; papers on pruning usually predict one less from windows of sequence_length.
+    """
+
+    kind: ClassVar[str] = "text"
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        repository: str,
+        subset: str | None,
+        revision: str | None,
+        train_file: str | None,
+        val_file: str | None,
+        test_file: str | None,
+        streaming: bool,
+        num_documents: PositiveInt | None,
+        separator: str,
+        tokenizer: str,
+        vocab_size: PositiveInt | None,
+        sequence_length: PositiveInt,
+    ) -> None:
+        self.root, self.repository, self.subset, self.revision = Path(root), repository, subset, revision
+        self.files = {"train": train_file, "val": val_file, "test": test_file}
+        self.streaming, self.num_documents, self.separator = streaming, num_documents, separator
+        self.tokenizer, self.sequence_length = tokenizer, sequence_length
+        self.vocab_size = _vocabulary(tokenizer, vocab_size)
+
+    def spec(self) -> DataSpec:
+        """Vocabulary and length of a sample, once the local files, or else the package for the hub, are there.
+
+        Raises:
+            ValueError: naming the file that is missing or empty, or the missing package.
+        """
+        if self.root.is_dir():
+            for split in SPLITS:
+                _local_file(self.root, split)
+        elif sys.modules.get("datasets") is None and importlib.util.find_spec("datasets") is None:
+            raise ValueError(
+                f"{self.root}: no such folder, and without the package datasets (extra llm) "
+                f"{self.repository} cannot be loaded from the hub"
+            )
+        return DataSpec("text", self.vocab_size, channels=1, height=1, width=self.sequence_length)
+
+    def dataset(self, split: str, seed: int) -> "TokenWindows":
+        """Token windows of `train`, `val` or `test`; the seed has no say.
+
+        Raises:
+            ValueError: naming what was read, if it cannot be, or is shorter than one sample; naming
+                the tokenizer, if it cannot be loaded or has more tokens than `vocab_size`.
+        """
+        from permlab.data.text import TokenWindows
+
+        where, documents = self._documents(split)
+        tokens = _encode(self.tokenizer, _join(documents, self.separator, where))
+        if tokens.max(initial=0) >= self.vocab_size:
+            raise ValueError(f"tokenizer {self.tokenizer}: gave token {tokens.max()}, vocab_size is {self.vocab_size}")
+        return TokenWindows(tokens, sequence_length=self.sequence_length, where=where)
+
+    def _documents(self, split: str) -> tuple[str, Iterable[str]]:
+        """A split's documents, and what to call the place they come from."""
+        if self.root.is_dir():
+            path = _local_file(self.root, split)
+            return str(path), _read_file(path, self.num_documents)
+        where = f"{self.repository} {self.files[split] or split}, as there is no folder {self.root}"
+        name = "validation" if split == "val" else split
+        arguments = (self.repository, self.subset, self.revision, name, self.files[split])
+        return where, _read_hub(where, *arguments, self.streaming, self.num_documents)
+
+
+def _vocabulary(tokenizer: str, vocab_size: int | None) -> int:
+    """Number of tokens that a model needs, without loading the tokenizer."""
+    own = _own_vocabulary(tokenizer)
+    wanted = own if vocab_size is None else vocab_size
+    if wanted is None:
+        raise ValueError(f"tokenizer {tokenizer}: its vocabulary cannot be read beforehand; set vocab_size")
+    if own is not None and wanted < own:
+        raise ValueError(f"vocab_size {vocab_size}: tokenizer {tokenizer} has {own} tokens")
+    return wanted
+
+
+def _own_vocabulary(tokenizer: str) -> int | None:
+    """Number of tokens that a tokenizer's files tell; None where they lie on the hub or do not say."""
+    if tokenizer == BYTE:
+        return NUM_BYTES
+    folder = Path(tokenizer)
+    if not folder.is_dir():
+        if not HUB_NAME.fullmatch(tokenizer):
+            raise ValueError(f"tokenizer {tokenizer}: no such folder, and no name on the hub; or use {BYTE}")
+        return None
+    path = folder / "tokenizer.json"
+    return _count_tokens(path, path.stat().st_mtime_ns) if path.is_file() else None
+
+
+@cache
+def _count_tokens(path: Path, modified: int) -> int:
+    """One more than the largest token of a `tokenizer.json`, or the `vocab_size` of the model beside it if larger."""
+    try:
+        content = json.loads(path.read_bytes())
+        vocabulary = content["model"]["vocab"]
+        # Unigram models list their pieces, the others map them to tokens.
+        tokens = range(len(vocabulary)) if isinstance(vocabulary, list) else vocabulary.values()
+        added = (token["id"] for token in content.get("added_tokens", []))
+        own = 1 + max([*tokens, *added])
+        config = path.with_name("config.json")
+        beside = json.loads(config.read_bytes()).get("vocab_size") if config.is_file() else None
+        return max(own, beside or 0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"tokenizer {path.parent}: {path.name} cannot be read ({_brief(error)})") from error
+
+
+def _local_file(root: Path, split: str) -> Path:
+    """The one file of a split.
+
+    Raises:
+        ValueError: if there is none, more than one, or it is empty.
+    """
+    found = [path for path in (root / f"{split}{extension}" for extension in EXTENSIONS) if path.is_file()]
+    if not found:
+        raise ValueError(f"{root / split}: no such file; expected one ending in {', '.join(EXTENSIONS)}")
+    if len(found) > 1:
+        raise ValueError(f"{found[0]}: there is also {found[1].name}; only one file per split is read")
+    if found[0].stat().st_size == 0:
+        raise ValueError(f"{found[0]}: is empty")
+    return found[0]
+
+
+def _read_file(path: Path, num_documents: int | None) -> list[str]:
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            if path.suffix == ".txt":
+                return [file.read().decode()]
+            return list(islice(_json_lines(file), num_documents))
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({_brief(error)})") from error
+
+
+def _json_lines(file: Iterable[bytes]) -> Iterator[str]:
+    """The field `text` of every line that is not blank."""
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line.decode())
+        except ValueError as error:
+            raise ValueError(f"line {number}: {_brief(error)}") from error
+        if not isinstance(document, dict) or not isinstance(document.get("text"), str):
+            raise ValueError(f"line {number}: no field text that holds text")
+        yield document["text"]
+
+
+@lru_cache(maxsize=len(SPLITS))
+def _read_hub(
+    where: str,
+    repository: str,
+    subset: str | None,
+    revision: str | None,
+    split: str,
+    file: str | None,
+    streaming: bool,
+    num_documents: int | None,
+) -> list[str]:
+    """The first documents of a split on the hub; kept, as fetching them again is slow."""
+    data_files = {split: file} if file else None
+    try:
+        import datasets
+
+        rows = datasets.load_dataset(
+            repository, subset, data_files=data_files, split=split, revision=revision, streaming=streaming
+        )
+        documents = [row["text"] for row in islice(rows, num_documents)]
+    except Exception as error:  # the package passes on whatever its many dependencies raise
+        raise ValueError(f"{where}: cannot be loaded from the hub ({_brief(error)})") from error
+    if not all(isinstance(document, str) for document in documents):
+        raise ValueError(f"{where}: its field text does not hold text")
+    return documents
+
+
+def _join(documents: Iterable[str], separator: str, where: str) -> str:
+    text = separator.join(documents)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: holds half a character ({error.reason} at {error.start})") from error
+    return text
+
+
+@lru_cache(maxsize=len(SPLITS))
+def _encode(tokenizer: str, text: str) -> np.ndarray:
+    """Tokens of a text; kept, as a large one takes a while."""
+    if tokenizer == BYTE:
+        return np.frombuffer(text.encode(), dtype=np.uint8)
+    # No warning that the text is longer than the model's context: it is about to be cut up.
+    return np.array(_load_tokenizer(tokenizer)(text, verbose=False)["input_ids"], dtype=np.int32)
+
+
+@cache
+def _load_tokenizer(name: str) -> Any:
+    try:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # a missing file, network or package, or a licence that was not accepted
+        raise ValueError(f"tokenizer {name}: cannot be loaded ({_brief(error)})") from error
+
+
+def _brief(error: Exception) -> str:
+    """The message of an error on one line, without a library's page of advice."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -1,0 +1,37 @@
+"""Greedy regrouping of pairs of channel blocks, with escapes from local optima."""
+
+from typing import ClassVar
+
+from jaxtyping import Int64
+from torch import Tensor
+
+from permlab.method.fixed import Fixed
+from permlab.option import PositiveFloat
+from permlab.permutation import Site
+from permlab.sparsity.problem import ChannelProblem
+from permlab.sparsity.search import swap_search
+
+
+class SwapSearch(Fixed):
+    """Keeps the order that `permlab.sparsity.search.swap_search` finds on the joint scores of a site's layers.
+
+    Args:
+        site: where the permutation acts.
+        budget_s: seconds for each site; null for a fixed number of escapes, the same on every machine.
+    """
+
+    tasks: ClassVar[tuple[str, ...] | None] = ("prune",)
+
+    def __init__(self, site: Site, *, budget_s: PositiveFloat | None) -> None:
+        super().__init__(site)
+        self.budget_s = budget_s
+
+    def search(self, problem: ChannelProblem) -> Int64[Tensor, " n"]:
+        return swap_search(
+            problem.joint_scores(),
+            n=problem.n,
+            m=problem.m,
+            num_groups=problem.num_groups,
+            seed=problem.seed,
+            budget_s=self.budget_s,
+        )

@@ -1,0 +1,1 @@
+"""Structured sparsity: importance of weights, channel orders, N:M pruning, folding and export."""

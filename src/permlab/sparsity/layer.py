@@ -1,0 +1,151 @@
+"""The tensors of a site: weights, input statistics and scores of the layers that share an order."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from permlab.sparsity.calibrate import InputStatistics
+from permlab.sparsity.importance import magnitude, ria, saliency, sparsegpt, wanda
+from permlab.sparsity.mask import hard_mask
+from permlab.sparsity.problem import ChannelProblem
+from permlab.sparsity.site import Reader, WeightSite
+
+PRUNERS = ("magnitude", "wanda", "ria", "sparsegpt")
+# Statistics of a channel that a cost network or a scorer may read.
+NUM_FEATURES = 6
+
+
+@dataclass
+class SiteLayers:
+    """Dense weights of a site's layers with their statistics, in the layout in which orders act on them.
+
+    Shapes:
+        k: items of the site, in original order.  r: rows of all layers, one after the other.
+    Args:
+        site: where the order acts.
+        weights: dense weight rows `[out, in]` of every reader.
+        statistics: of every reader's input.
+        pruner: importance of a weight, one of `PRUNERS`.
+        power: of the input norm in `ria`.
+        damping: of the Hessian in `sparsegpt`.
+    Raises:
+        ValueError: if a weight or a statistic is not finite.
+    """
+
+    site: WeightSite
+    weights: Sequence[Float[Tensor, "_ i"]]
+    statistics: Sequence[InputStatistics]
+    pruner: str
+    power: float
+    damping: float
+    items: Float[Tensor, "k r"] = field(init=False)  # weights, channels before rows
+    scores: Float[Tensor, "k r"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        for reader, weight in zip(self.site.readers, self.weights, strict=True):
+            if not torch.isfinite(weight).all():
+                raise ValueError(f"the weights of layer {reader.module} are not finite")
+        scores = [self._score(*pair) for pair in zip(self.weights, self.statistics, strict=True)]
+        self.items = self._stack(self.weights)
+        self.scores = self._stack(scores)
+
+    def _score(self, weight: Tensor, statistics: InputStatistics) -> Tensor:
+        wide = weight.to(statistics.hessian.dtype)
+        if self.pruner == "magnitude":
+            return magnitude(wide)
+        if self.pruner == "wanda":
+            return wanda(wide, statistics.norm)
+        if self.pruner == "ria":
+            return ria(wide, statistics.norm, power=self.power)
+        return saliency(wide, statistics.hessian, damping=self.damping)
+
+    def _stack(self, parts: Sequence[Tensor]) -> Float[Tensor, "k r"]:
+        return torch.cat([self.site.to_items(part) for part in parts]).mT.contiguous()
+
+    def unstack(self, values: Float[Tensor, "k r"]) -> list[Float[Tensor, "_ i"]]:
+        """Weight rows of every reader, from values by item."""
+        lengths = [len(weight) * self.site.repeats for weight in self.weights]
+        return [self.site.from_items(part) for part in values.mT.split(lengths)]
+
+    def problem(self, *, n: int, m: int, num_groups: int, seed: int) -> ChannelProblem:
+        """What a search is given; layers with several query heads for a key-value head count as that many."""
+        weights, hessians = [], []
+        for weight, statistics in zip(self.weights, self.statistics, strict=True):
+            weights += list(self.site.to_items(weight).chunk(self.site.repeats))
+            columns = torch.arange(weight.shape[1]).view(self.site.num_heads, self.site.repeats, -1)
+            for repeat in range(self.site.repeats):
+                index = columns[:, repeat].flatten()
+                hessians.append(statistics.hessian[index][:, index])
+        scores = list(self.scores.mT.split([len(weight) for weight in weights]))
+        return ChannelProblem(weights, hessians, scores, n=n, m=m, num_groups=num_groups, seed=seed)
+
+    def features(self) -> Float[Tensor, "k f"]:
+        """Standardised statistics of every channel: its weights', its scores' and its input's."""
+        size, scores = self.items.abs(), self.scores
+        norm = torch.stack([self.site.to_items(s.norm.unsqueeze(0)).mean(0) for s in self.statistics]).mean(0)
+        columns = [
+            size.mean(1).clamp_min(1e-12).log(),
+            size.amax(1).clamp_min(1e-12).log(),
+            norm.clamp_min(1e-12).log(),
+            scores.mean(1),
+            scores.std(1, correction=0) / scores.mean(1).clamp_min(1e-12),
+            (scores > scores.median(0).values).to(scores.dtype).mean(1),
+        ]
+        table = torch.stack(columns, dim=-1)
+        assert table.shape[-1] == NUM_FEATURES
+        return (table - table.mean(0)) / table.std(0, correction=0).clamp_min(1e-6)
+
+    def kept(self, order: Int64[Tensor, " k"], *, n: int, m: int) -> tuple[float, float, float, float]:
+        """Sums of scores: kept under the order, under the original one, by the best n/m of every row, and all."""
+        scores = self.scores.double()
+        whole = torch.arange(len(scores), device=scores.device)
+        num_kept = round(len(scores) * n / m)
+        masked = [float((scores * hard_mask(o.to(whole), scores, n=n, m=m)).sum()) for o in (order, whole)]
+        return masked[0], masked[1], float(scores.topk(num_kept, dim=0).values.sum()), float(scores.sum())
+
+    def prune(self, order: Int64[Tensor, " k"], *, n: int, m: int) -> list[Float[Tensor, "_ i"]]:
+        """Pruned weight rows of every reader, in original column order; `sparsegpt` also updates what it keeps."""
+        if self.pruner != "sparsegpt":
+            return self.unstack(self.items * hard_mask(order, self.scores, n=n, m=m).to(self.items.dtype))
+        columns = self.site.column_order(order)
+        return [
+            sparsegpt(weight, statistics.hessian, n=n, m=m, order=columns, damping=self.damping)[0]
+            for weight, statistics in zip(self.weights, self.statistics, strict=True)
+        ]
+
+
+def dense_rows(model: nn.Module, reader: Reader) -> Float[Tensor, "o i"]:
+    """Weight rows of a reader, without gradient."""
+    weight = model.get_parameter(f"{reader.module}.weight").detach()
+    return weight if reader.rows is None else weight[slice(*reader.rows)]
+
+
+def assemble_weights(
+    model: nn.Module, sites: Sequence[WeightSite], rows: Mapping[str, Sequence[Tensor]]
+) -> dict[str, Tensor]:
+    """Whole weights by parameter name, from the rows of every site's readers; other rows stay as they are.
+
+    Args:
+        model: holds the weights.
+        rows: for each site by name, one tensor for each of its readers.
+    """
+    parts: dict[str, list[tuple[Reader, Tensor]]] = {}
+    for site in sites:
+        for reader, values in zip(site.readers, rows[site.name], strict=True):
+            parts.setdefault(reader.module, []).append((reader, values))
+    return {f"{module}.weight": _join(model, module, pieces) for module, pieces in parts.items()}
+
+
+def _join(model: nn.Module, module: str, pieces: Sequence[tuple[Reader, Tensor]]) -> Tensor:
+    weight = model.get_parameter(f"{module}.weight").detach()
+    if pieces[0][0].rows is None:
+        return pieces[0][1].to(weight.dtype)
+    joined, place = [], 0
+    for reader, values in sorted(pieces, key=lambda piece: piece[0].rows or (0, 0)):
+        assert reader.rows is not None
+        joined += [weight[place : reader.rows[0]], values.to(weight.dtype)]
+        place = reader.rows[1]
+    return torch.cat([*joined, weight[place:]])

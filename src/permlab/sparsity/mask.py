@@ -1,0 +1,135 @@
+"""N:M masks in a permuted channel order, mapped back to the original one, with a gradient for the permutation."""
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from permlab.permutation import PermutationSample
+
+
+def keep_best(slots: Float[Tensor, "*b k r"], *, n: int, m: int) -> Bool[Tensor, "*b k r"]:
+    """The n highest of every m consecutive slots (axis -2), for every row (axis -1); ties keep the first.
+
+    The layout has channels before rows, in which a permutation of channels moves whole rows of memory.
+
+    Cost: m (m - 1) / 2 comparisons for each group of m scores, no sort.
+    """
+    *batch, num_slots, num_rows = slots.shape
+    groups = slots.reshape(*batch, num_slots // m, m, num_rows)
+    beaten = torch.zeros(groups.shape, dtype=torch.int8, device=slots.device)  # by how many others of its group
+    for first in range(m - 1):
+        wins = groups[..., first : first + 1, :] >= groups[..., first + 1 :, :]
+        beaten[..., first + 1 :, :] += wins
+        beaten[..., first, :] += (~wins).sum(-2, dtype=torch.int8)
+    return (beaten < n).view(slots.shape)
+
+
+def straight_through_mask(
+    soft: Float[Tensor, "g k k"],
+    order: Int64[Tensor, "g k"],
+    scores: Float[Tensor, "g k r"],
+    *,
+    n: int,
+    m: int,
+    mask_temperature: float,
+) -> Float[Tensor, "g k r"]:
+    """Hard N:M mask of a hard order, in original channel order, with gradients for the soft matrix.
+
+    Forward: channels are brought into the order, the best n of every m are kept, and the mask is
+    mapped back. Backward: the permutation on both ways is taken for the soft matrix, and the
+    choice of the best for a softmax over each m, of the scores over `mask_temperature` times
+    their mean.
+
+    Shapes:
+        g: groups of channels.  k: channels of a group, before and after.  r: rows of the weights.
+    Args:
+        soft: relaxation of the permutation of each group; receives the gradient.
+        order: the hard permutation of each group, counted within it.
+        scores: importance, not negative, channels in original order; receives no gradient.
+        n, m: n kept of every m.
+        mask_temperature: of the softmax, in units of the mean score.
+    Returns:
+        0/1 mask in the dtype of the scores.
+    Source: Zou et al. 2025, arXiv:2510.10136 (PermLLM), straight-through on permutation and mask.
+    Differs from source: the softmax is taken of scores over their mean, not of raw scores, whose
+        scale depends on the layer; no dense matrix over all groups is made.
+    Cost: O(k r) forward, O(k^2 r) backward, for each group.
+    """
+    return _StraightThroughMask.apply(soft, order, scores, n, m, mask_temperature)
+
+
+class _StraightThroughMask(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, soft, order, scores, n, m, mask_temperature):  # type: ignore[override]
+        index = order.unsqueeze(-1).expand_as(scores)
+        slots = scores.gather(-2, index)
+        keep = keep_best(slots, n=n, m=m).to(scores.dtype)
+        ctx.save_for_backward(order, scores, keep)
+        ctx.m, ctx.scale, ctx.soft_dtype = m, float(mask_temperature), soft.dtype
+        return torch.empty_like(keep).scatter_(-2, index, keep)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[override]
+        order, scores, keep = ctx.saved_tensors
+        index = order.unsqueeze(-1).expand_as(scores)
+        grad_keep = grad.gather(-2, index)
+        grad_slots = _through_softmax(scores.gather(-2, index), grad_keep, ctx.m, ctx.scale)
+        grad_soft = keep @ grad.mT + grad_slots @ scores.mT
+        return grad_soft.to(ctx.soft_dtype), None, None, None, None, None
+
+
+def _through_softmax(slots: Tensor, grad: Tensor, m: int, scale: float) -> Tensor:
+    """Gradient for scores by slot of a softmax over every m slots, given that of the mask."""
+    *batch, num_slots, num_rows = slots.shape
+    groups = slots.reshape(*batch, num_slots // m, m, num_rows)
+    unit = scale * slots.mean().clamp_min(torch.finfo(slots.dtype).tiny)
+    share = (groups / unit).softmax(-2)
+    flow = share * grad.reshape(groups.shape)
+    return ((flow - share * flow.sum(-2, keepdim=True)) / unit).reshape(slots.shape)
+
+
+def hard_mask(order: Int64[Tensor, " k"], scores: Float[Tensor, "k r"], *, n: int, m: int) -> Float[Tensor, "k r"]:
+    """0/1 mask of an order, in original channel order; channels before rows."""
+    keep = keep_best(scores[order], n=n, m=m).to(scores.dtype)
+    return torch.empty_like(keep).index_copy_(0, order, keep)
+
+
+def relaxed_mask(
+    soft: Float[Tensor, "g k k"], scores: Float[Tensor, "g k r"], *, n: int, m: int, mask_temperature: float
+) -> tuple[Float[Tensor, "g k r"], Float[Tensor, "g k r"]]:
+    """Masks of softly permuted scores: by slot, and mapped back to original channel order.
+
+    The scores are mixed by the soft matrix and the best n of every m mixtures are kept (with the
+    softmax gradient of `straight_through_mask`); the mask is mapped back by the transposed matrix,
+    where it has entries between 0 and 1.
+    """
+    keep = _HardKeep.apply(soft @ scores, n, m, mask_temperature)
+    return keep, soft.mT @ keep
+
+
+class _HardKeep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, slots, n, m, mask_temperature):  # type: ignore[override]
+        ctx.save_for_backward(slots)
+        ctx.m, ctx.scale = m, float(mask_temperature)
+        return keep_best(slots, n=n, m=m).to(slots.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[override]
+        (slots,) = ctx.saved_tensors
+        return _through_softmax(slots, grad, ctx.m, ctx.scale), None, None, None
+
+
+def split_sample(
+    sample: PermutationSample, num_groups: int
+) -> tuple[Int64[Tensor, "*b g k"], Float[Tensor, "*b g k k"] | None]:
+    """Order and soft matrix of each group, counted within it: the diagonal blocks of the whole."""
+    size = sample.order.shape[-1] // num_groups
+    order = sample.order.unflatten(-1, (num_groups, size)) % size
+    if sample.soft is None:
+        return order, None
+    blocks = sample.soft.unflatten(-1, (num_groups, size)).unflatten(-3, (num_groups, size))
+    return order, blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)

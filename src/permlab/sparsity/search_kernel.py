@@ -1,0 +1,316 @@
+"""The CPU kernels of the channel searches, compiled by numba.
+
+Names used throughout, for one block of m channels and one row of scores: `last` is the n-th and
+`first` the (n+1)-th largest score of the block, the last one kept and the first one lost. The
+`bar` of a channel is the n-th largest score of the block's *other* channels, `first` for a
+channel that is kept and `last` for one that is not: whatever takes the channel's slot is kept if
+it exceeds the bar, and the row retains max(bar, newcomer) where it retained max(bar, channel).
+So what a block gains from an exchange needs two rows of numbers, whatever n and m are.
+
+Scores are float32 `[channel, row]`: a channel's scores are consecutive, and rows are the vector
+lanes. What is compared between channels is summed in float32 inside a tile and in float64 across tiles.
+
+Nothing here is checked: shapes and types are the caller's duty.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple, no_type_check
+
+import numpy as np
+from numba import boolean, float32, float64, int16, int64, njit, void
+
+# Reassociation lets sums over rows be vectorised; scores are finite.
+_OPTIONS: dict[str, Any] = {
+    "fastmath": {"contract", "reassoc", "nsz", "nnan"},
+    "error_model": "numpy",
+    "no_cfunc_wrapper": True,
+}
+# Rows of a tile: 64 channels of it stay in the second-level cache.
+_TILE = 512
+_STRIPE = 32
+
+
+# Retained scores
+
+
+@no_type_check
+def _refresh(scores, order, blocks, n, m, last, first, kept):
+    """Recompute what is known of some blocks.
+
+    Shapes:
+        scores: [channel, row].  order: [channel].  blocks: indices.  last, first: [block, row].
+        kept: [block], the retained score.
+    """
+    num_rows = scores.shape[1]
+    # The n + 1 largest scores so far, and what is on its way down.
+    top, falling = np.empty((n + 1, _TILE), np.float32), np.empty(_TILE, np.float32)
+    for block in blocks:
+        total = 0.0
+        for start in range(0, num_rows, _TILE):
+            size = min(_TILE, num_rows - start)
+            top[:] = -1
+            for slot in range(m):
+                channel = order[block * m + slot]
+                for r in range(size):
+                    falling[r] = scores[channel, start + r]
+                for rank in range(min(slot, n) + 1):
+                    for r in range(size):
+                        held, new = top[rank, r], falling[r]
+                        top[rank, r] = max(held, new)
+                        falling[r] = min(held, new)
+            for rank in range(n):
+                for r in range(size):
+                    total += np.float64(top[rank, r])
+            for r in range(size):
+                last[block, start + r] = top[n - 1, r]
+                first[block, start + r] = top[n, r]
+        kept[block] = total
+
+
+@no_type_check
+def _raise_bars(scores, channels, blocks, last, first, bars):
+    """bars[i] = the bars of channels[i], which sits in blocks[i].
+
+    Shapes:
+        channels, blocks: [k].  bars: [k, row].
+    """
+    for i in range(channels.shape[0]):
+        channel, block = channels[i], blocks[i]
+        for r in range(scores.shape[1]):
+            kept = scores[channel, r] >= last[block, r]
+            bars[i, r] = first[block, r] if kept else last[block, r]
+
+
+@no_type_check
+def _tabulate(scores, channels, bars, table):
+    """table[i, j] = sum over rows of max(bars[i], scores[channels[j]]): the retained score of i's block, but for
+    a number that depends on i only, if channels[j] takes the slot of channels[i].
+
+    Shapes:
+        channels: [k], k even.  bars: [k, row].  table: [k, k].
+    """
+    count, num_rows = channels.shape[0], scores.shape[1]
+    table[:] = 0
+    for start in range(0, num_rows, _TILE):
+        stop = min(num_rows, start + _TILE)
+        for stripe in range(0, count, _STRIPE):
+            # Two bars by two channels at a time: every number read is used twice.
+            for i in range(0, count, 2):
+                bar, other_bar = bars[i, start:stop], bars[i + 1, start:stop]
+                for j in range(stripe, min(count, stripe + _STRIPE), 2):
+                    score, other_score = scores[channels[j], start:stop], scores[channels[j + 1], start:stop]
+                    a = b = c = d = np.float32(0)
+                    for r in range(stop - start):
+                        a += max(bar[r], score[r])
+                        b += max(bar[r], other_score[r])
+                        c += max(other_bar[r], score[r])
+                        d += max(other_bar[r], other_score[r])
+                    table[i, j] += a
+                    table[i, j + 1] += b
+                    table[i + 1, j] += c
+                    table[i + 1, j + 1] += d
+
+
+@no_type_check
+def _find_swaps(scores, order, blocks, size, m, last, first, gains, slots, partners):
+    """For each of some blocks, the swap of one of its channels with one of another block that gains most.
+
+    Shapes:
+        order: [channel].  blocks: indices.  size: blocks in a group; partners are of the same group.
+        gains, slots, partners: [block]; the gain, and the positions of the two channels.
+    """
+    num_rows = scores.shape[1]
+    bars, own = np.empty((m, num_rows), np.float32), np.empty(num_rows, np.float32)
+    for block in blocks:
+        _bars_of_block(scores, order, block, m, last, first, bars)
+        gains[block], slots[block], partners[block] = -np.inf, block * m, block * m
+        home = block // size * size
+        for other in range(home, home + size):
+            if other == block:
+                continue
+            for position in range(other * m, (other + 1) * m):
+                newcomer = order[position]
+                for r in range(num_rows):
+                    kept = scores[newcomer, r] >= last[other, r]
+                    own[r] = first[other, r] if kept else last[other, r]
+                for slot in range(m):
+                    gain = _gain(bars[slot], scores[order[block * m + slot]], own, scores[newcomer])
+                    if gain > gains[block]:
+                        gains[block], slots[block], partners[block] = gain, block * m + slot, position
+
+
+@njit(**_OPTIONS | {"no_cpython_wrapper": True})
+@no_type_check
+def _bars_of_block(scores, order, block, m, last, first, bars):
+    for slot in range(m):
+        channel = order[block * m + slot]
+        for r in range(scores.shape[1]):
+            kept = scores[channel, r] >= last[block, r]
+            bars[slot, r] = first[block, r] if kept else last[block, r]
+
+
+@njit(**_OPTIONS | {"no_cpython_wrapper": True})
+@no_type_check
+def _gain(bar, score, other_bar, other_score):
+    """What both blocks retain more if the two channels change places."""
+    total = 0.0
+    for start in range(0, bar.shape[0], _TILE):
+        part = np.float32(0)
+        for r in range(start, min(bar.shape[0], start + _TILE)):
+            # Differences first: the gain is a small number, the sums are not.
+            part += (max(bar[r], other_score[r]) - max(bar[r], score[r])) + (
+                max(other_bar[r], score[r]) - max(other_bar[r], other_score[r])
+            )
+        total += part
+    return total
+
+
+# Reconstruction
+
+
+@no_type_check
+def _boundaries(scores, mask, order, block, m, last, first):
+    """Slots of a block's last kept and first lost channel in every row; of equal scores the lower slot is kept first.
+
+    Shapes:
+        scores, mask: [row, channel].  last, first: [row, block].
+    """
+    for r in range(scores.shape[0]):
+        low = high = -1
+        for slot in range(m):
+            channel = order[block * m + slot]
+            if mask[r, channel]:
+                if low < 0 or scores[r, channel] <= scores[r, order[block * m + low]]:
+                    low = slot
+            elif high < 0 or scores[r, channel] > scores[r, order[block * m + high]]:
+                high = slot
+        last[r, block], first[r, block] = low, high
+
+
+@njit(**_OPTIONS | {"no_cpython_wrapper": True})
+@no_type_check
+def _enter(scores, mask, order, row, block, slot, m, newcomer, last, first):
+    """Whether a newcomer is kept in the slot of another channel, and the third channel that it thereby switches, or -1."""
+    kept = mask[row, order[block * m + slot]]
+    rival = first[row, block] if kept else last[row, block]
+    channel = order[block * m + rival]
+    a, b = scores[row, newcomer], scores[row, channel]
+    enters = a > b or (a == b and slot < rival)
+    return enters, channel if enters != kept else -1
+
+
+@njit(**_OPTIONS | {"no_cpython_wrapper": True})
+@no_type_check
+def _switches(scores, weights, mask, order, m, row, i, j, last, first, channels, steps):
+    """Channels whose kept state changes in a row if positions i and j trade, and by how much the lost weight changes."""
+    count = 0
+    a, b = order[i], order[j]
+    keeps_b, rival_a = _enter(scores, mask, order, row, i // m, i % m, m, b, last, first)
+    keeps_a, rival_b = _enter(scores, mask, order, row, j // m, j % m, m, a, last, first)
+    for channel, changes in (
+        (a, keeps_a != mask[row, a]),
+        (b, keeps_b != mask[row, b]),
+        (rival_a, rival_a >= 0),
+        (rival_b, rival_b >= 0),
+    ):
+        if changes:
+            channels[row, count] = channel
+            steps[row, count] = weights[row, channel] if mask[row, channel] else -weights[row, channel]
+            count += 1
+    return count
+
+
+@no_type_check
+def _descend(
+    first_swap, last_swap, pairs, least_gain, scores, weights, mask, order, m, part_of_row, hessians, pull, last, first
+):  # fmt: skip
+    """Try swaps first_swap..last_swap-1 and make those that lower tr(D H D^T) summed over parts, D being the lost weight.
+
+    If a row's D changes by a vector e, its term changes by 2 e H D + e H e; e has at most four entries.
+
+    Shapes:
+        pairs: [swap, 2], positions in different blocks.  scores, weights, mask: [row, channel].
+        part_of_row: [row], index into hessians [part, channel, channel].  pull: [row, channel], D H.
+        last, first: [row, block], see `_boundaries`.
+    Returns:
+        How much the objective fell.
+    """
+    num_rows, width = scores.shape
+    channels, steps = np.empty((num_rows, 4), np.int64), np.empty((num_rows, 4), np.float64)
+    counts = np.empty(num_rows, np.int64)
+    fallen = 0.0
+    for swap in range(first_swap, last_swap):
+        i, j = pairs[swap, 0], pairs[swap, 1]
+        change = 0.0
+        for row in range(num_rows):
+            count = _switches(scores, weights, mask, order, m, row, i, j, last, first, channels, steps)
+            counts[row] = count
+            hessian = hessians[part_of_row[row]]
+            for k in range(count):
+                channel = channels[row, k]
+                slope = 2 * pull[row, channel] + steps[row, k] * hessian[channel, channel]
+                for h in range(k):
+                    slope += 2 * steps[row, h] * hessian[channels[row, h], channel]
+                change += steps[row, k] * slope
+        if not change < -least_gain:
+            continue
+        fallen -= change
+        for row in range(num_rows):
+            hessian = hessians[part_of_row[row]]
+            for k in range(counts[row]):
+                channel, step = channels[row, k], steps[row, k]
+                mask[row, channel] = not mask[row, channel]
+                for other in range(width):
+                    pull[row, other] += step * hessian[channel, other]
+        order[i], order[j] = order[j], order[i]
+        _boundaries_piece(scores, mask, order, i // m, m, last, first)
+        _boundaries_piece(scores, mask, order, j // m, m, last, first)
+    return fallen
+
+
+_boundaries_piece = njit(**_OPTIONS | {"no_cpython_wrapper": True})(_boundaries)
+
+
+class Kernels(NamedTuple):
+    """The compiled functions of this file, by their names without the underscore."""
+
+    refresh: Callable[..., None]
+    raise_bars: Callable[..., None]
+    tabulate: Callable[..., None]
+    find_swaps: Callable[..., None]
+
+
+@cache
+def retention_kernels() -> Kernels:
+    """What searches on the retained score need; compiled at the first call."""
+    wide, single, sums, indices = float32[:, ::1], float64[:, ::1], float64[::1], int64[::1]
+    return Kernels(
+        refresh=_compile(_refresh, void(wide, indices, indices, int64, int64, wide, wide, sums)),
+        raise_bars=_compile(_raise_bars, void(wide, indices, indices, wide, wide, wide)),
+        tabulate=_compile(_tabulate, void(wide, indices, wide, single)),
+        find_swaps=_compile(
+            _find_swaps, void(wide, indices, indices, int64, int64, wide, wide, sums, indices, indices)
+        ),
+    )
+
+
+@cache
+def reconstruction_kernels() -> tuple[Callable[..., None], Callable[..., float]]:
+    """`_boundaries` and `_descend`, compiled at the first call."""
+    table, mask, slots, indices = float64[:, ::1], boolean[:, ::1], int16[:, ::1], int64[::1]
+    boundaries = void(table, mask, indices, int64, int64, slots, slots)
+    descend = float64(
+        int64, int64, int64[:, ::1], float64, table, table, mask, indices, int64, indices, float64[:, :, ::1], table,
+        slots, slots,
+    )  # fmt: skip
+    return _compile(_boundaries, boundaries), _compile(_descend, descend)
+
+
+@no_type_check
+def _compile(function, signature):
+    """Compile now, or load the machine code of an earlier process where some cache directory can be written."""
+    try:
+        return njit(signature, cache=True, nogil=True, **_OPTIONS)(function)
+    except (RuntimeError, OSError):
+        return njit(signature, nogil=True, **_OPTIONS)(function)
