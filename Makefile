@@ -4,10 +4,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help setup train test check lock clean
+.PHONY: help setup train test check sweep study-prune bench-prune lock clean
 
 help:  ## print the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## install the locked packages into .venv (the other targets do this when it is needed)
 
@@ -24,6 +24,15 @@ train: $(STAMP)  ## learn a patch order on handwritten digits, with its controls
 
 test: $(STAMP)  ## run the tests (ARGS="tests/ops -k sinkhorn" for some)
 	@$(BIN)/python -m pytest $(ARGS)
+
+sweep: $(STAMP)  ## run the grid of sweeps/NAME.yaml, or go on with it (NAME=prune_digits_2_4_1_pruners)
+	@$(BIN)/python -m permlab.sweep $(NAME) $(ARGS)
+
+study-prune: $(STAMP)  ## the miniature study of N:M pruning: run what is missing, write results/prune.md
+	@$(BIN)/python -m permlab.sweep --study prune $(ARGS)
+
+bench-prune: $(STAMP)  ## time the searches for channel orders against published figures (ARGS=--quick)
+	@$(BIN)/python benchmarks/prune.py $(ARGS)
 
 check: $(STAMP)  ## format, lint, types, tests
 	$(BIN)/ruff format --check .

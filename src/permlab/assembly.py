@@ -20,7 +20,7 @@ from permlab.option import class_constant
 from permlab.permutation import Site, check_order
 from permlab.schema import class_name, component_path
 from permlab.sparsity.layer import NUM_FEATURES
-from permlab.sparsity.site import WeightSite, read_sites
+from permlab.sparsity.site import Reader, WeightSite, read_sites
 from permlab.sparsity.site_methods import SiteMethods
 
 
@@ -31,6 +31,7 @@ class Assembly:
     spec: DataSpec
     model: Backbone
     method: Method | SiteMethods
+    left_dense: tuple[str, ...] = ()  # optional weight sites that the pattern does not divide
 
 
 def assemble(config: Mapping[str, Any]) -> Assembly:
@@ -46,17 +47,17 @@ def assemble(config: Mapping[str, Any]) -> Assembly:
     spec = data_spec(config["data"])
     model = build("model", config["model"], spec)
     if permutes(config["task"]["component"]) == "weights":
-        return Assembly(spec, model, _site_methods(config, model))
+        return Assembly(spec, model, *_site_methods(config, model))
     order = starting_order(config["method"]["order"], model.height, model.width)
     site = Site("patches", order, num_features=model.num_features)
     return Assembly(spec, model, build("method", config["method"], site))
 
 
-def _site_methods(config: Mapping[str, Any], model: Backbone) -> SiteMethods:
-    """A method for every weight site that the task selects."""
+def _site_methods(config: Mapping[str, Any], model: Backbone) -> tuple[SiteMethods, tuple[str, ...]]:
+    """A method for every weight site that the task selects and the pattern divides, and the sites it does not."""
     task, settings = config["task"], config["method"]
     try:
-        sites, num_groups = fitting_sites(model, task)
+        sites, num_groups, left_dense = fitting_sites(model, task)
     except ValueError as error:
         raise ConfigError(f"task=prune: {error}") from error
     bases = [_base_order(settings["order"], site, count) for site, count in zip(sites, num_groups, strict=True)]
@@ -65,49 +66,66 @@ def _site_methods(config: Mapping[str, Any], model: Backbone) -> SiteMethods:
         order = torch.arange(site.num_items)
         return build("method", settings, Site(site.name, order, num_groups=count, num_features=NUM_FEATURES))
 
-    return SiteMethods(sites, bases, num_groups, make)
+    return SiteMethods(sites, bases, num_groups, make), left_dense
 
 
-def fitting_sites(model: Backbone, task: Mapping[str, Any]) -> tuple[list[WeightSite], list[int]]:
-    """The selected sites with their numbers of groups.
+def fitting_sites(model: Backbone, task: Mapping[str, Any]) -> tuple[list[WeightSite], list[int], tuple[str, ...]]:
+    """The selected sites with their numbers of groups, and the names of sites that are left out.
 
-    A site that is marked as optional is left out, and the layer stays dense, where the pattern
+    A site that is marked as optional is left out, and its layers stay dense, where the pattern
     does not divide it.
 
     Raises:
-        ValueError: if a site does not exist, or the pattern or the groups do not divide it.
+        ValueError: if a site does not exist, two have a layer in common, or the pattern or the groups do not
+            divide one.
     """
     found = read_sites(model, select=task["sites"], coupling=task["coupling"], within_heads=task["within_heads"])
-    sites, counts = [], []
+    _check_apart(found, task)
+    sites, counts, left_dense = [], [], []
     for site in found:
         count = _num_groups(site, task)
         if site.num_items % (count * task["m"]) == 0:
             sites.append(site)
             counts.append(count)
-        elif not site.optional:
+        elif site.optional:
+            left_dense.append(site.name)
+        else:
             raise ValueError(_misfit(site, count, task))
     if not sites:
         raise ValueError(f"sites={task['sites']}: none of them fits {task['n']}:{task['m']}")
-    return sites, counts
+    return sites, counts, tuple(left_dense)
+
+
+def _check_apart(sites: list[WeightSite], task: Mapping[str, Any]) -> None:
+    """The residual stream's layers are those of other sites too."""
+    readers: dict[Reader, str] = {}
+    for site in sites:
+        for reader in site.readers:
+            if reader in readers:
+                raise ValueError(f"task.sites={task['sites']}: {readers[reader]} and {site.name} share {reader.module}")
+            readers[reader] = site.name
 
 
 def _num_groups(site: WeightSite, task: Mapping[str, Any]) -> int:
     if site.num_heads > 1:
         return site.num_heads
-    if task["block_size"] is None:
+    if task["num_groups"] is not None:
         return task["num_groups"]
     return max(1, site.num_items // task["block_size"])
 
 
 def _misfit(site: WeightSite, count: int, task: Mapping[str, Any]) -> str:
-    m = task["m"]
-    fit = [c for c in range(1, site.num_items + 1) if site.num_items % (c * m) == 0]
+    m, width = task["m"], site.num_items
+    fit = [c for c in range(1, width + 1) if width % (c * m) == 0]
     if not fit:
-        return f"task.m={m}: does not divide the {site.num_items} input channels of site {site.name}"
-    key = "num_groups" if task["block_size"] is None else "block_size"
-    key = key if site.num_heads == 1 else "within_heads"
+        valid = [length for length in range(task["n"] + 1, width + 1) if width % length == 0]
+        near = ", ".join(map(str, sorted(sorted(valid, key=lambda length: abs(length - m))[:2])))
+        return f"task.m={m}: does not divide the {width} input channels of site {site.name}; nearest that do: {near}"
+    key = "block_size" if task["num_groups"] is None else "num_groups"
+    if site.num_heads > 1:
+        key = "within_heads" if task["within_heads"] else "sites"
     return (
-        f"task.{key}={task[key]}: {count} groups of whole {m}s do not divide the {site.num_items} channels of site "
+        f"task.{key}={task[key]}: {count} groups of whole {m}s do not divide the {width} channels of site "
         f"{site.name}; numbers of groups which do: {', '.join(map(str, fit))}"
     )
 

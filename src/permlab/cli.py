@@ -147,9 +147,9 @@ def resolve(name: str, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]
 
 
 def _check_eval(config: dict[str, Any]) -> dict[str, Any]:
-    valid = ("run", "split", "upload")
+    valid = ("run", "split", "upload", "export", "sparse")
     problems = [f"{key}={config[key]}: unknown key{nearest(key, [*valid])}" for key in config if key not in valid]
-    run, split, upload = (config.get(key) for key in valid)
+    run, split, upload, export, sparse = (config.get(key) for key in valid)
     if run == "???":
         problems.append("run: missing, expected a run directory")
     elif not Path(str(run), "config.yaml").is_file():
@@ -158,8 +158,13 @@ def _check_eval(config: dict[str, Any]) -> dict[str, Any]:
         problems.append(f"run={run}: no checkpoints/best.ckpt; the run has not validated yet")
     if split not in ("val", "test"):
         problems.append(f"split={split}: expected val or test{nearest(split, ['val', 'test'])}")
-    if not isinstance(upload, bool):
-        problems.append(f"upload={upload}: expected true or false")
+    for key, value in (("upload", upload), ("sparse", sparse)):
+        if not isinstance(value, bool):
+            problems.append(f"{key}={value}: expected true or false")
+    if sparse is True and export is None:
+        problems.append("sparse=true: needs export=<folder>")
+    if export is not None and Path(str(export)).exists() and (not Path(export).is_dir() or any(Path(export).iterdir())):
+        problems.append(f"export={export}: exists and is not an empty folder; nothing is written over")
     if problems:
         raise ConfigError(problems)
     return config

@@ -179,7 +179,8 @@ def _check_across(config: Mapping[str, Any]) -> list[str]:
     )
     num_items = None
     try:
-        height, width = spec.grid(model.get("patch_size") or spec.patch_size)
+        text = spec.kind == "text"  # which has no patches
+        height, width = spec.grid(spec.patch_size if text else model.get("patch_size") or spec.patch_size)
         num_items = height * width
     except ValueError as error:
         problems.append(f"model.patch_size={model['patch_size']}: {error}")
@@ -311,7 +312,7 @@ def _nearest_file(path: str) -> str:
 def derive(config: dict[str, Any]) -> None:
     """Fill in what follows from other keys, so that a saved configuration is complete."""
     spec = data_spec(config["data"])
-    if "patch_size" in config["model"] and config["model"]["patch_size"] is None:
+    if "patch_size" in config["model"] and (config["model"]["patch_size"] is None or spec.kind == "text"):
         config["model"]["patch_size"] = spec.patch_size
     trainer, task = config["trainer"], config["task"]
     if trainer["val_check_interval"] is None:

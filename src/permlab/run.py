@@ -1,6 +1,7 @@
 """The whole story of a run, readable top-down: train, pick, test, and compare with its controls."""
 
 import copy
+import fcntl
 import logging
 import time
 import warnings
@@ -11,7 +12,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from permlab.assembly import Assembly, assemble, load_weights
@@ -21,12 +21,13 @@ from permlab.callback.preemption import Preemption
 from permlab.callback.progress import Progress
 from permlab.callback.resume import ResumeRandomState
 from permlab.callback.temperature import Temperature
-from permlab.compose import resolve_train
-from permlab.config import build, data_spec, derive, digest, run_directory
+from permlab.config import build, digest, run_directory
 from permlab.data.module import DataModule
+from permlab.dense import data_seed, dense_config, dense_directory, read_config, read_item_order
 from permlab.errors import ConfigError, Interrupted
 from permlab.figure.draw import draw_all
 from permlab.provenance import device_name
+from permlab.publish import export_run
 from permlab.report import print_report
 from permlab.rundir import (
     clear_run,
@@ -76,16 +77,15 @@ def evaluate(config: Config) -> Summary:
     """Test the picked checkpoint of a finished run again and print its numbers.
 
     Args:
-        config: `run`, a run directory; `split`; `upload`, whether to send its files to W&B.
+        config: `run`, a run directory; `split`; `export`, a folder to write a pruned model to, or None;
+            `sparse`, whether to time it as semi-structured; `upload`, whether to send its files to W&B.
     Raises:
-        ConfigError: if the run's checkpoint or dataset cannot be read, or the upload fails.
+        ConfigError: if the run's checkpoint or dataset cannot be read, or export or upload fail.
     """
     run_dir = Path(config["run"])
-    settings = _read_config(run_dir)
+    settings = read_config(run_dir)
     _quiet_lightning()
     _, data, task = _build(settings)
-    if settings["task"].get("dense"):
-        data.seed = _read_config(Path(settings["task"]["dense"]))["seed"]
     _set_threads(settings, task.model)
     # One process, wherever the run was trained: its ranks would each print.
     accelerator = "cpu" if settings["trainer"]["accelerator"] == "cpu" else "auto"
@@ -93,6 +93,8 @@ def evaluate(config: Config) -> Summary:
     summary = evaluate_best(settings, run_dir, task, data, split=config["split"])
     for name, value in summary.items():
         print(f"{name:<28} {value:.8g}")
+    if config["export"]:
+        export_run(run_dir, settings, data, Path(config["export"]), sparse=config["sparse"])
     if config["upload"]:
         _upload(run_dir)
     print(f"run: {run_dir}")
@@ -138,69 +140,32 @@ def run_once(config: Config, *, announce: bool = False) -> Summary:
 
 
 def dense_run(config: Config) -> Path | None:
-    """Directory of the run whose model is pruned; None where nothing is, or the model comes pretrained.
-
-    It is `task.dense`, or a run of the same model and data, seed and machine settings under the
-    default schedule of its task, which is trained here unless it has been before.
-    """
-    if "dense" not in config["task"]:
-        return None
-    if config["task"]["dense"]:
-        return Path(config["task"]["dense"])
-    if config["model"].get("pretrained"):
-        return None
-    dense = _dense_config(config)
-    run_dir = run_directory(dense)
-    if is_rank_zero():
-        print(f"dense model: {'found trained' if is_done(run_dir) else 'training it once'}, {run_dir}", flush=True)
-    run_once(dense)
+    """Directory of the run whose model is pruned, which is trained here unless it has been before."""
+    run_dir = dense_directory(config)
+    if run_dir is None or config["task"]["dense"]:
+        return run_dir
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    with (run_dir.parent / f".{run_dir.name}.lock").open("w") as lock:
+        if is_rank_zero():
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of two prunings that want it, one trains and one waits
+            print(f"dense model: {'found' if is_done(run_dir) else 'trained once'}, {run_dir}", flush=True)
+        run_once(dense_config(config))
     return run_dir
-
-
-def _dense_config(config: Config) -> dict[str, Any]:
-    name = "lm" if data_spec(config["data"]).kind == "text" else "classify"
-    words = [f"task={name}", "method=fixed", f"model={config['model']['name']}", f"data={config['data']['name']}"]
-    dense = resolve_train(words)[0]
-    dense["model"] = dict(config["model"])
-    own = ("batch_size", "num_workers")
-    dense["data"] |= {key: value for key, value in config["data"].items() if key not in own}
-    machine = ("accelerator", "strategy", "devices", "num_nodes", "precision", "enable_progress_bar")
-    dense["trainer"] |= {key: config["trainer"][key] for key in machine if key in config["trainer"]}
-    if config["task"]["dense_steps"]:
-        dense["trainer"]["max_steps"] = config["task"]["dense_steps"]
-        dense["trainer"]["val_check_interval"] = None
-    dense |= {key: config[key] for key in ("seed", "paths", "num_threads", "logger")}
-    dense["optim"]["lr"] = dense["model"]["lr"]
-    derive(dense)
-    return dense
 
 
 def _build(config: Config, dense: Path | None = None) -> tuple[Assembly, DataModule, Task]:
     """Model, method, data and task of a configuration, everything that can refuse it.
 
-    The data of a dense run is split as that run had it, or its training samples would be among
-    those that the pruned model is tested on.
+    Args:
+        dense: run whose trained weights and item order the model takes over.
     """
     parts = assemble(config)
-    data = DataModule(config["data"], config["seed"] if dense is None else _read_config(dense)["seed"])
+    data = DataModule(config["data"], data_seed(config))
     task = build("task", config["task"], parts.spec, parts.model, parts.method, config["optim"], config["seed"])
     if dense is not None:
         load_weights(dense / "checkpoints" / "best.ckpt", ("model", parts.model))
-        task.read_order.set(_read_order(dense))
+        task.read_order.set(read_item_order(dense))
     return parts, data, task
-
-
-def _read_config(run_dir: Path) -> dict[str, Any]:
-    return yaml.safe_load((run_dir / "config.yaml").read_text())
-
-
-def _read_order(dense: Path) -> torch.Tensor:
-    """The order in which a run's model reads its items."""
-    path = dense / "arrays" / "order.npz"
-    with np.load(path, allow_pickle=False) as arrays:
-        if "order" not in arrays:
-            raise ConfigError(f"task.dense={dense}: its order depends on the image; prune a run with one order for all")
-        return torch.from_numpy(arrays["order"])
 
 
 def fit_and_test(config: Config, run_dir: Path, parts: Assembly, data: DataModule, task: Task) -> Summary:
@@ -332,6 +297,8 @@ def _opening(config: Config, parts: Assembly) -> str:
     if isinstance(parts.method, SiteMethods):
         task = config["task"]
         line += f" at {len(parts.method.sites)} sites, {task['n']}:{task['m']}, pruner {task['pruner']}"
+        if parts.left_dense:
+            line += f"; too narrow for whole {task['m']}s and left dense: {', '.join(parts.left_dense)}"
     return line
 
 

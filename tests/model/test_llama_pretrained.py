@@ -192,7 +192,7 @@ def test_broken_files_are_refused_in_one_line(tmp_path):
         llama(tmp_path)
     assert "\n" not in str(caught.value)
     shard.unlink()
-    with pytest.raises(ValueError, match="model-00002-.* cannot be read"):
+    with pytest.raises(ValueError, match=r"model-00002-.* cannot be read"):
         llama(tmp_path)
     shard.write_bytes(whole)
     (tmp_path / "model.safetensors.index.json").write_text("{}")

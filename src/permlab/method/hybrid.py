@@ -22,7 +22,8 @@ class Hybrid(Sinkhorn):
 
     Args:
         site: where the permutation acts.
-        search: `reconstruction_search`, `swap_search`, `deal_and_match`, or `none`.
+        search: `reconstruction_search`, `swap_search`, `deal_and_match`, or `none`; `auto` is the
+            first, or the last but one where pruning updates the weights that it keeps.
         num_search_swaps: proposals of `reconstruction_search`; without effect on the others.
         num_polish_steps: evaluations of the calibration loss after training, each of a set of swaps; 0 for none.
         temperature, lr, warmup_fraction, freeze_fraction, estimator, num_iters, noise, start,
@@ -39,7 +40,7 @@ class Hybrid(Sinkhorn):
         self,
         site: Site,
         *,
-        search: Literal["reconstruction_search", "swap_search", "deal_and_match", "none"],
+        search: Literal["auto", "reconstruction_search", "swap_search", "deal_and_match", "none"],
         num_search_swaps: PositiveInt,
         num_polish_steps: NonNegativeInt,
         temperature: Temperature,
@@ -74,10 +75,13 @@ class Hybrid(Sinkhorn):
 
     def search(self, problem: ChannelProblem) -> Int64[Tensor, " n"] | None:
         scores, n, m, num_groups = problem.joint_scores(), problem.n, problem.m, problem.num_groups
-        if self.search_name == "deal_and_match":
+        name = self.search_name
+        if name == "auto":
+            name = "deal_and_match" if problem.updates_weights else "reconstruction_search"
+        if name == "deal_and_match":
             return deal_and_match(scores, n=n, m=m, num_groups=num_groups)
-        if self.search_name == "swap_search":
+        if name == "swap_search":
             return swap_search(scores, n=n, m=m, num_groups=num_groups, seed=problem.seed)
-        if self.search_name == "reconstruction_search":
+        if name == "reconstruction_search":
             return search_reconstruction(problem, num_swaps=self.num_search_swaps)
         return None

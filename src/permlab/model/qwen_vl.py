@@ -214,13 +214,11 @@ class _ExactAngles(nn.Module):
     Rounded to bfloat16 they would be off by a radian after some hundred slots.
     """
 
-    inv_freq: Tensor
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_ExactAngles":
-        frequencies = self.inv_freq
+        frequencies = self.get_buffer("inv_freq")
         super()._apply(fn, recurse)
         if not frequencies.is_meta:
-            self.inv_freq = frequencies.to(self.inv_freq.device)
+            self.register_buffer("inv_freq", frequencies.to(self.get_buffer("inv_freq").device), persistent=False)
         return self
 
 
@@ -236,15 +234,21 @@ class _VisionAttention(Qwen2_5_VLVisionAttention):
     """Attention that takes windows of one size together, instead of one after the other."""
 
     def forward(
-        self, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: Any = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        max_seqlen: int | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         length, *others = cu_seqlens.diff().unique().tolist()
         if others:
-            return super().forward(hidden_states, cu_seqlens, position_embeddings, **kwargs)
+            return super().forward(hidden_states, cu_seqlens, position_embeddings, max_seqlen, **kwargs)
+        assert position_embeddings is not None
         q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
-        windows = [x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v)]
-        mixed = F.scaled_dot_product_attention(*windows, scale=self.scaling)
+        q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scaling)
         return self.proj(mixed.transpose(1, 2).flatten(0, 1).flatten(1))
 
 
@@ -337,9 +341,10 @@ def _open_fitting(
         settings["vocabulary"] = (theirs.vocab_size, spec.num_classes)
         settings["tie_embeddings"] = (bool(config.tie_word_embeddings), tie_embeddings)
     else:
-        settings |= _pairs(config.vision_config, vision, _VISION_SETTINGS)
-        blocks = (list(part.fullatt_block_indexes) for part in (config.vision_config, vision))
-        settings["blocks with full attention"] = (next(blocks), next(blocks))
+        tower: Any = config.vision_config
+        settings |= _pairs(tower, vision, _VISION_SETTINGS)
+        blocks = (list(tower.fullatt_block_indexes), list(vision.fullatt_block_indexes))
+        settings["blocks with full attention"] = blocks
     check_equal(name, settings)
     return folder
 

@@ -49,8 +49,8 @@ class SiteLayers:
             if not torch.isfinite(weight).all():
                 raise ValueError(f"the weights of layer {reader.module} are not finite")
         scores = [self._score(*pair) for pair in zip(self.weights, self.statistics, strict=True)]
-        self.items = self._stack(self.weights)
-        self.scores = self._stack(scores)
+        self.items = self.stack(self.weights)
+        self.scores = self.stack(scores)
 
     def _score(self, weight: Tensor, statistics: InputStatistics) -> Tensor:
         wide = weight.to(statistics.hessian.dtype)
@@ -62,7 +62,8 @@ class SiteLayers:
             return ria(wide, statistics.norm, power=self.power)
         return saliency(wide, statistics.hessian, damping=self.damping)
 
-    def _stack(self, parts: Sequence[Tensor]) -> Float[Tensor, "k r"]:
+    def stack(self, parts: Sequence[Tensor]) -> Float[Tensor, "k r"]:
+        """Values by item, from weight rows of every reader."""
         return torch.cat([self.site.to_items(part) for part in parts]).mT.contiguous()
 
     def unstack(self, values: Float[Tensor, "k r"]) -> list[Float[Tensor, "_ i"]]:
@@ -80,7 +81,8 @@ class SiteLayers:
                 index = columns[:, repeat].flatten()
                 hessians.append(statistics.hessian[index][:, index])
         scores = list(self.scores.mT.split([len(weight) for weight in weights]))
-        return ChannelProblem(weights, hessians, scores, n=n, m=m, num_groups=num_groups, seed=seed)
+        updates = self.pruner == "sparsegpt"
+        return ChannelProblem(weights, hessians, scores, n, m, num_groups, seed, updates_weights=updates)
 
     def features(self) -> Float[Tensor, "k f"]:
         """Standardised statistics of every channel: its weights', its scores' and its input's."""

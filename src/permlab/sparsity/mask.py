@@ -17,11 +17,12 @@ def keep_best(slots: Float[Tensor, "*b k r"], *, n: int, m: int) -> Bool[Tensor,
     """
     *batch, num_slots, num_rows = slots.shape
     groups = slots.reshape(*batch, num_slots // m, m, num_rows)
-    beaten = torch.zeros(groups.shape, dtype=torch.int8, device=slots.device)  # by how many others of its group
+    count = torch.int8 if m <= 128 else torch.int64
+    beaten = torch.zeros(groups.shape, dtype=count, device=slots.device)  # by how many others of its group
     for first in range(m - 1):
         wins = groups[..., first : first + 1, :] >= groups[..., first + 1 :, :]
         beaten[..., first + 1 :, :] += wins
-        beaten[..., first, :] += (~wins).sum(-2, dtype=torch.int8)
+        beaten[..., first, :] += (~wins).sum(-2, dtype=count)
     return (beaten < n).view(slots.shape)
 
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from permlab.sparsity.mask import hard_mask, keep_best
+from permlab.sparsity.mask import keep_best
 
 Values = dict[str, Float[Tensor, "k r"]]
 Orders = dict[str, Int64[Tensor, " k"]]
@@ -30,7 +30,7 @@ class Swappable:
 def polish(
     sites: Mapping[str, Swappable],
     orders: Orders,
-    loss_and_gradient: Callable[[Values], tuple[float, Values]],
+    loss_and_gradient: Callable[[Orders], tuple[float, Values]],
     *,
     n: int,
     m: int,
@@ -48,7 +48,8 @@ def polish(
     Args:
         sites: by name.
         orders: where to start.
-        loss_and_gradient: loss of the pruned weights, and its gradient for all weights, pruned ones included.
+        loss_and_gradient: loss of the model that is pruned under these orders, and its gradient for all
+            weights of the sites, pruned ones included.
         n, m: n kept of every m.
         num_steps: evaluations of the loss after the first.
         num_proposals: pairs drawn for each site and step.
@@ -59,7 +60,7 @@ def polish(
     """
     generator = torch.Generator().manual_seed(seed)
     orders = {name: order.clone() for name, order in orders.items()}
-    loss, gradient = loss_and_gradient(_masked(sites, orders, n, m))
+    loss, gradient = loss_and_gradient(orders)
     losses, size = [loss], 16.0
     for _ in range(num_steps):
         chosen = _choose(_propose(sites, orders, gradient, n, m, num_proposals, generator), m, max(1, round(size)))
@@ -68,17 +69,13 @@ def polish(
         trial = {name: order.clone() for name, order in orders.items()}
         for name, first, second in chosen:
             trial[name][[first, second]] = trial[name][[second, first]]
-        new_loss, new_gradient = loss_and_gradient(_masked(sites, trial, n, m))
+        new_loss, new_gradient = loss_and_gradient(trial)
         if new_loss < loss:
             orders, loss, gradient, size = trial, new_loss, new_gradient, 1.5 * len(chosen)
         else:
             size = len(chosen) / 3
         losses.append(loss)
     return orders, losses
-
-
-def _masked(sites: Mapping[str, Swappable], orders: Orders, n: int, m: int) -> Values:
-    return {name: site.weights * hard_mask(orders[name], site.scores, n=n, m=m) for name, site in sites.items()}
 
 
 def _propose(

@@ -23,6 +23,8 @@ class ChannelProblem:
         n, m: n kept of every m.
         num_groups: equal consecutive blocks of channels that no channel may leave.
         seed: of the searches.
+        updates_weights: whether what is kept will be updated to make up for what is lost; the loss of a
+            mask alone is then no guide to the result.
     """
 
     weights: Sequence[Float[Tensor, "_ k"]]
@@ -32,6 +34,7 @@ class ChannelProblem:
     m: int
     num_groups: int = 1
     seed: int = 0
+    updates_weights: bool = False
 
     def joint_scores(self) -> Float[Tensor, "_ k"]:
         """Scores of all layers, one below the other."""

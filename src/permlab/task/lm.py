@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from permlab.data.spec import DataSpec
@@ -24,6 +25,8 @@ class Lm(Task):
         optim: settings of the optimiser, see `permlab.optim`.
         seed: of the run.
         label_smoothing: of the cross-entropy that is minimised.
+    Raises:
+        ValueError: if the method's order is not the text's own.
     """
 
     takes: ClassVar[tuple[str, ...]] = ("text",)
@@ -40,6 +43,8 @@ class Lm(Task):
         label_smoothing: Fraction,
     ) -> None:
         super().__init__(spec, model, method, optim, seed)
+        if not torch.equal(method.start_order, torch.arange(method.num_items)):
+            raise ValueError("method.order permutes the tokens, which are read in their own order here; expected row")
         self.label_smoothing = label_smoothing
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

@@ -1,5 +1,7 @@
 """Prune a trained model to N:M structured sparsity, with a learned permutation of its input channels."""
 
+import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,6 +48,8 @@ class ReadOrder(nn.Module):
         self._check()
 
     def set(self, order: Int64[Tensor, " n"]) -> None:
+        if order.shape != self.order.shape:
+            raise ConfigError(f"task.dense: that model reads {len(order)} items, the data has {len(self.order)}")
         self.order.copy_(order)
         self._check()
 
@@ -93,7 +97,7 @@ class Prune(Task):
         coupling: whether layers with the same input share an order (`shared`) or have one each.
         within_heads: keep the order of an attention output's input within heads, which folds.
         num_groups: equal consecutive blocks of channels that no channel leaves; 1 for a global order.
-        block_size: channels in a group, in place of `num_groups`; narrower sites have one group.
+        block_size: channels in a group where `num_groups` is null; narrower sites have one group.
         mask_temperature: of the softmax that gradients take for the choice of the n best.
         mix: what a relaxed permutation mixes: the `weight`, as the paper has it, or the `mask` alone.
         num_samples: calibration samples (images, or windows of text).
@@ -131,8 +135,8 @@ class Prune(Task):
         sites: Literal["all", "foldable", "stream"] | list[str] | str,
         coupling: Literal["shared", "independent"],
         within_heads: bool,
-        num_groups: PositiveInt,
-        block_size: PositiveInt | None,
+        num_groups: PositiveInt | None,
+        block_size: PositiveInt,
         mask_temperature: PositiveFloat,
         mix: Literal["weight", "mask"],
         num_samples: PositiveInt,
@@ -161,6 +165,7 @@ class Prune(Task):
         self.held_out: list[Tensor] = []
         self._dense_logits: list[Tensor] = []
         self._seconds = 0.0
+        self._memory = 0.0
 
     @property
     def reading(self) -> Reading:
@@ -182,6 +187,7 @@ class Prune(Task):
     def begin(self, data: DataModule) -> None:
         """Collect statistics, and let the methods search."""
         began = time.monotonic()
+        self._memory = _peak_memory_mib()
         self.reading.eval()
         with _as_config_error():
             self.calibration = [self._shorten(batch) for batch in data.sample("train", self.num_samples)]
@@ -371,8 +377,9 @@ class Prune(Task):
                 dense = self._dense_logits[index] if self._dense_logits else self.reading(inputs)
             yield divergence(forward(inputs), dense.to(self.device)) * (len(inputs) / total)
 
-    def _loss_and_gradient(self, values: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-        leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+    def _loss_and_gradient(self, orders: Orders) -> tuple[float, dict[str, Tensor]]:
+        """Calibration loss of the model as it is pruned under these orders, and its gradient for the weights."""
+        leaves = {name: value.requires_grad_() for name, value in self._pruned_values(orders).items()}
         loss = 0.0
         with torch.enable_grad():
             for part in self._calibration_losses(lambda inputs: self._run(leaves, inputs)):
@@ -380,52 +387,50 @@ class Prune(Task):
                 loss += float(part)
         return loss, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
+    def _pruned_values(self, orders: Orders) -> dict[str, Tensor]:
+        """Pruned weights of every site by item, updated where the pruner does that."""
+        if self.pruner != "sparsegpt":
+            return self._hard_values(orders)
+        pruned = {name: layers.prune(orders[name], n=self.n, m=self.m) for name, layers in self.layers.items()}
+        return {name: layers.stack(pruned[name]) for name, layers in self.layers.items()}
+
     # After training
 
     def finish(self, run_dir: Path) -> dict[str, float]:
         """Harden, polish, prune; write `checkpoints/best.ckpt`, `arrays/sites.npz` and `arrays/orders.npz`."""
         began = time.monotonic()
         starts, learned = self.method.bases(), self.method.orders()
-        losses = {
-            name: self.calibration_loss(self._hard_values(o)) for name, o in (("start", starts), ("end", learned))
-        }
-        orders, polished = self._polish(starts, learned, losses)
+        losses = [self.calibration_loss(self._pruned_values(orders)) for orders in (starts, learned)]
+        orders, polished = self._polish(starts if losses[0] <= losses[1] else learned, learned)
         pruned = self._prune(orders)
         seconds = self._seconds + time.monotonic() - began
         results = {
-            "prune/calibration_loss_start": losses["start"],
-            "prune/calibration_loss_learned": losses["end"],
+            "prune/calibration_loss_start": losses[0],
+            "prune/calibration_loss_learned": losses[1],
             "prune/calibration_loss": self._pruned_loss(pruned),
             "prune/num_parameters": float(sum(p.numel() for p in self.method.parameters())),
             "prune/num_sites": float(len(orders)),
         }
         soft = self._soft_values()
         if soft is not None:
-            results["prune/soft_hard_gap"] = losses["end"] - self.calibration_loss(soft)
+            hard = self.calibration_loss(self._hard_values(learned))
+            results["prune/soft_hard_gap"] = hard - self.calibration_loss(soft)
         results |= self._quality(run_dir, orders, starts, pruned, polished)
         results["prune/seconds"] = round(seconds, 3)
+        results["prune/peak_memory_mib"] = _peak_memory_mib() - self._memory
         self._take(run_dir, pruned)
         return results
 
-    def _polish(self, starts: Orders, learned: Orders, losses: Mapping[str, float]) -> tuple[Orders, list[float]]:
-        """The learned orders, or where polishing is wanted, what it makes of the better of start and learned."""
-        num_steps = self.method.num_polish_steps
-        if num_steps == 0:
+    def _polish(self, better: Orders, learned: Orders) -> tuple[Orders, list[float]]:
+        """The learned orders, or, where the method is polished, the better of start and learned after that."""
+        if self.method.num_polish_steps == 0:
             return learned, []
         sites = {
             name: Swappable(layers.items, layers.scores, self.method.num_groups[name])
             for name, layers in self.layers.items()
         }
-        better = starts if losses["start"] <= losses["end"] else learned
-        orders, polished = polish(
-            sites, better, self._loss_and_gradient, n=self.n, m=self.m, num_steps=num_steps, seed=self.seed
-        )
-        if self.pruner != "sparsegpt":
-            return orders, polished
-        # What was polished is the mask; whether it still is the best once weights are updated is checked.
-        candidates = [orders, learned, starts]
-        updated = [self._pruned_loss(self._prune(candidate)) for candidate in candidates]
-        return candidates[updated.index(min(updated))], polished
+        steps = self.method.num_polish_steps
+        return polish(sites, better, self._loss_and_gradient, n=self.n, m=self.m, num_steps=steps, seed=self.seed)
 
     def _prune(self, orders: Orders) -> dict[str, Tensor]:
         """Whole pruned weights by parameter name."""
@@ -482,6 +487,13 @@ class Prune(Task):
             state |= {f"method.{name}": value for name, value in self.method.state_dict().items()}
             state["read_order.order"] = self.read_order.order
             write_checkpoint(run_dir / "checkpoints" / "best.ckpt", {"state_dict": state})
+
+
+def _peak_memory_mib() -> float:
+    """Highest use of memory so far: of the GPU's where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 @contextmanager

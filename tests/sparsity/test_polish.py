@@ -1,0 +1,160 @@
+"""Local search on the loss: what a swap is predicted to do, and what is accepted."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from permlab.ops.nm import nm_mask
+from permlab.sparsity.polish import Swappable, polish, predicted_change
+
+
+def mask_of(order: Tensor, scores: Tensor, n: int, m: int) -> Tensor:
+    """Channels before rows, in original order; by the mask of the public functions."""
+    keep = nm_mask(scores[order].mT.contiguous(), n=n, m=m).mT
+    mask = torch.zeros_like(scores)
+    mask[order] = keep.to(scores.dtype)
+    return mask
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 4)])
+def test_predicted_change_is_the_first_order_change_of_the_loss(n: int, m: int) -> None:
+    num_slots = 3 * m
+    scores, gradient, weights = torch.rand(3, num_slots, 6).double()
+    gradient, order = gradient - 0.5, torch.randperm(num_slots)
+    pairs = [(i, j) for i, j in itertools.product(range(num_slots), repeat=2) if i // m != j // m]
+    first, second = torch.tensor(pairs).T
+    found = predicted_change(scores[order], (gradient * weights)[order], first, second, n=n, m=m)
+    expected = []
+    for i, j in pairs:
+        swapped = order.clone()
+        swapped[i], swapped[j] = order[j], order[i]
+        change = weights * (mask_of(swapped, scores, n, m) - mask_of(order, scores, n, m))
+        expected.append((gradient * change).sum())
+    torch.testing.assert_close(found, torch.stack(expected))
+    assert found.std() > 0
+
+
+class Quadratic:
+    """Squared distance of the pruned weights from targets of theirs, with everything that it was asked for."""
+
+    def __init__(self, targets: dict[str, Tensor]) -> None:
+        self.targets = targets
+        self.asked: list[dict[str, Tensor]] = []
+
+    def __call__(self, values: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+        self.asked.append(values)
+        difference = {name: values[name] - target for name, target in self.targets.items()}
+        return sum(float(d.square().sum()) for d in difference.values()), {n: 2 * d for n, d in difference.items()}
+
+
+def problem(seed: int = 0, *, num_groups: int = 1) -> tuple[dict[str, Swappable], dict[str, Tensor], Quadratic]:
+    """Two sites whose targets are what they are pruned to under hidden orders that respect the groups."""
+    generator = torch.Generator().manual_seed(seed)
+    sites, targets, start = {}, {}, {}
+    for name, size in (("a", 16), ("b", 24)):
+        weights, scores = torch.rand(2, size, 5, generator=generator).double()
+        width = size // num_groups
+        hidden = torch.cat([g * width + torch.randperm(width, generator=generator) for g in range(num_groups)])
+        sites[name] = Swappable(weights, scores, num_groups)
+        targets[name] = weights * mask_of(hidden, scores, 2, 4)
+        start[name] = torch.arange(size)
+    return sites, start, Quadratic(targets)
+
+
+def test_the_loss_never_rises_and_is_that_of_the_result() -> None:
+    sites, start, loss = problem()
+    orders, losses = polish(sites, start, loss, n=2, m=4, num_steps=40, num_proposals=64)
+    assert all(later <= earlier for earlier, later in itertools.pairwise(losses))
+    assert losses[-1] < 0.5 * losses[0]
+    assert len(losses) <= 41
+    assert len(loss.asked) == len(losses)
+    values = {name: site.weights * mask_of(orders[name], site.scores, 2, 4) for name, site in sites.items()}
+    assert loss(values)[0] == losses[-1]
+    assert {name: order.sort().values.tolist() for name, order in orders.items()} == {
+        name: list(range(len(order))) for name, order in start.items()
+    }
+
+
+def test_a_loss_that_only_rises_leaves_the_start() -> None:
+    sites, start, quadratic = problem()
+    calls = itertools.count()
+
+    def rising(values: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+        return float(next(calls)), quadratic(values)[1]
+
+    orders, losses = polish(sites, start, rising, n=2, m=4, num_steps=6)
+    assert losses == [0.0] * 7
+    assert all(torch.equal(orders[name], start[name]) for name in start)
+
+
+def test_a_loss_that_is_not_a_number_is_not_accepted() -> None:
+    sites, start, quadratic = problem()
+    calls = itertools.count()
+
+    def broken(values: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+        return (1.0 if next(calls) == 0 else float("nan")), quadratic(values)[1]
+
+    orders, losses = polish(sites, start, broken, n=2, m=4, num_steps=3)
+    assert losses == [1.0] * 4
+    assert all(torch.equal(orders[name], start[name]) for name in start)
+
+
+def test_a_planted_swap_is_found() -> None:
+    """Two strong channels share a block of 2; one swap keeps both, and only then is the loss zero."""
+    weights = torch.tensor([3.0, 2.0, 0.1, 0.2]).double().unsqueeze(1)
+    sites = {"only": Swappable(weights, weights, 1)}
+    target = torch.tensor([3.0, 2.0, 0.0, 0.0]).double().unsqueeze(1)
+    orders, losses = polish(sites, {"only": torch.arange(4)}, Quadratic({"only": target}), n=1, m=2, num_steps=10)
+    assert losses[0] == pytest.approx(4.0 + 0.04)
+    assert losses[-1] == 0
+    assert sorted(tuple(sorted(pair)) for pair in orders["only"].view(2, 2).tolist()) in (
+        [(0, 2), (1, 3)],
+        [(0, 3), (1, 2)],
+    )
+
+
+@pytest.mark.parametrize("num_groups", [2, 4])
+def test_no_channel_leaves_its_group(num_groups: int) -> None:
+    sites, start, loss = problem(num_groups=2)
+    sites = {name: Swappable(site.weights, site.scores, num_groups) for name, site in sites.items()}
+    sites["b"] = Swappable(sites["b"].weights, sites["b"].scores, 2)
+    orders, losses = polish(sites, start, loss, n=2, m=4, num_steps=20)
+    for name, order in orders.items():
+        size = len(order) // sites[name].num_groups
+        assert torch.equal(order // size, torch.arange(len(order)) // size)
+    # Groups of one block have nothing to exchange.
+    assert torch.equal(orders["a"], start["a"]) == (num_groups == 4)
+    assert losses[-1] < losses[0]
+
+
+def test_the_result_depends_on_the_seed_and_on_nothing_else() -> None:
+    sites, start, loss = problem()
+    options = {"n": 2, "m": 4, "num_steps": 5, "num_proposals": 16}
+    first, again, other = (polish(sites, start, loss, **options, seed=seed) for seed in (3, 3, 4))
+    torch.rand(7)
+    assert first[1] == again[1]
+    assert all(torch.equal(first[0][name], again[0][name]) for name in start)
+    assert first[1] != other[1]
+
+
+def test_no_steps_give_the_start_and_the_given_orders_are_left_alone() -> None:
+    sites, start, loss = problem()
+    orders, losses = polish(sites, start, loss, n=2, m=4, num_steps=0)
+    assert len(losses) == 1
+    assert all(torch.equal(orders[name], start[name]) for name in start)
+    polish(sites, start, loss, n=2, m=4, num_steps=10)
+    assert all(torch.equal(order, torch.arange(len(order))) for order in start.values())
+
+
+def test_every_set_of_swaps_touches_a_block_once() -> None:
+    """Between two evaluations, no row of a block of m changes more than the swap of one of its slots can make it."""
+    sites, start, loss = problem()
+    polish(sites, start, loss, n=2, m=4, num_steps=1)
+    before, after = ({name: value != 0 for name, value in values.items()} for values in loss.asked)
+    assert any((before[name] != after[name]).any() for name in before)
+    for name in before:
+        for block in range(0, len(before[name]), 4):
+            changed = (before[name] ^ after[name])[block : block + 4].sum(0)
+            assert changed.max() <= 2
