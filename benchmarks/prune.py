@@ -8,6 +8,7 @@ process's peak during the search over what it held before, the matrix included.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -184,10 +185,8 @@ METHODS: dict[str, Callable[[torch.Tensor, Row], torch.Tensor]] = {
 
 def _reset_peak_mib() -> float:
     """Forget the peak so far where the system allows it, and return the memory held from which the next is counted."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
     return _peak_mib()
 
 

@@ -282,7 +282,7 @@ def test_the_calibration_loss_is_the_mean_divergence_of_the_samples(
     ]
     values = task._hard_values(orders)
     assert task.calibration_loss(values) == pytest.approx(sum(losses) / 50, rel=1e-4)
-    loss, gradient = task._loss_and_gradient(values)
+    loss, gradient = task._loss_and_gradient(orders)
     assert loss == pytest.approx(sum(losses) / 50, rel=1e-4)
     # Its gradient is for all weights: switching a pruned one on changes the loss accordingly.
     name = task.method.sites[0].name
@@ -309,21 +309,17 @@ def test_the_present_hard_orders_are_what_is_validated() -> None:
 
 
 @pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
-def test_polishing_never_ends_above_start_and_learned(pruner: str, tmp_path: Path) -> None:
+def test_polishing_ends_below_start_and_learned(pruner: str, tmp_path: Path) -> None:
+    """On the model as it is pruned, with the weights that are kept updated where the pruner does that."""
     task = task_of("method=hybrid", "method.search=none", "method.num_polish_steps=8", f"task.pruner={pruner}")
-    with torch.no_grad():  # what was learned is worse than the start, or better: both have to be beaten
-        results = task.finish(tmp_path)
-    if pruner == "wanda":
-        better = min(results["prune/calibration_loss_start"], results["prune/calibration_loss_learned"])
-        assert results["prune/calibration_loss"] < better
-        with np.load(tmp_path / "arrays" / "sites.npz", allow_pickle=False) as arrays:
-            polished = arrays["polished_loss"]
-        assert polished[0] == pytest.approx(better, rel=1e-5)
-        assert polished[-1] == pytest.approx(results["prune/calibration_loss"], rel=1e-4)
-        assert (np.diff(polished) <= 0).all()
-    else:
-        other = task_of("method=fixed", f"task.pruner={pruner}", "task.num_groups=1").finish(tmp_path / "other")
-        assert results["prune/calibration_loss"] <= other["prune/calibration_loss"] * (1 + 1e-6)
+    results = task.finish(tmp_path)
+    better = min(results["prune/calibration_loss_start"], results["prune/calibration_loss_learned"])
+    assert results["prune/calibration_loss"] < better * (1 if pruner == "wanda" else 1 + 1e-5)
+    with np.load(tmp_path / "arrays" / "sites.npz", allow_pickle=False) as arrays:
+        polished = arrays["polished_loss"]
+    assert polished[0] == pytest.approx(better, rel=1e-4)
+    assert polished[-1] == pytest.approx(results["prune/calibration_loss"], rel=1e-3)
+    assert (np.diff(polished) <= 0).all()
 
 
 # Which sites

@@ -21,10 +21,12 @@ from permlab.sparsity.search_kernel import reconstruction_kernels, retention_ker
 
 # Blocks that exchange channels at a time in `swap_search`; an assignment costs up to the cube of it.
 _CHUNK = 512
-# Standard deviation of the noise at the start and at the end, in units of a typical small loss, see `_unit`.
-_HOT, _COLD = 0.1, 0.02
+# Standard deviation of the noise at the start of a cycle, in units of `_unit`, and what it is divided by until its end.
+_HEAT, _FALL = 1.0, 5.0
 # Rounds of a cycle; where there is time for more, a new cycle finds more than a slower one.
 _CYCLE = 30_000
+# Swaps that `reconstruction_search` draws at a time.
+_DRAW = 64
 # The last part of a cycle is without noise; with a budget the last part of it checks single swaps.
 _COOL_FRACTION, _POLISH_FRACTION = 0.1, 0.03
 
@@ -58,7 +60,7 @@ def deal_and_match(
         memory of (1 + 3 / m) float32 copies of the scores and three tables of (i / m)^2 numbers.
     Example:
         >>> deal_and_match(torch.tensor([[4.0, 3.0, 2.0, 1.0], [4.0, 1.0, 3.0, 2.0]]), n=1, m=2)
-        tensor([0, 3, 2, 1])
+        tensor([3, 0, 1, 2])
     """
     _check(scores, n, m, num_groups)
     if num_sweeps < 0:
@@ -202,13 +204,15 @@ def reconstruction_search(
         order = deal_and_match(joint, n=n, m=m, num_groups=num_groups)
     position = _checked_start(order, joint.shape[1], num_groups)
     layers = _Layers(weights, hessians, joint, position, n, m)
-    pairs = _draw_pairs(joint.shape[1], m, num_groups, num_swaps, np.random.default_rng(seed))
-    # Between two looks at the clock; the result does not depend on it.
-    step = 64
-    for first in range(0, len(pairs), step):
-        if clock.is_over():
-            break
-        layers.descend(pairs, first, min(len(pairs), first + step))
+    generator = np.random.default_rng(seed)
+    # Swaps between two looks at the clock: fewer where a swap takes long. The result does not depend on it.
+    step = min(_DRAW, max(1, 2**26 // joint.numel()))
+    for begin in range(0, num_swaps, _DRAW):
+        pairs = _draw_pairs(joint.shape[1], m, num_groups, min(_DRAW, num_swaps - begin), generator)
+        for first in range(0, len(pairs), step):
+            if clock.is_over():
+                return torch.from_numpy(layers.order).to(scores[0].device)
+            layers.descend(pairs, first, min(len(pairs), first + step))
     return torch.from_numpy(layers.order).to(scores[0].device)
 
 
@@ -343,7 +347,7 @@ def _anneal(blocks: _Blocks, generator: np.random.Generator, schedule: Iterator[
     best, best_order = blocks.total, blocks.order.copy()
     for progress in schedule:
         noisy = progress / (1 - _COOL_FRACTION)
-        _round(blocks, generator, clock, _HOT * (_COLD / _HOT) ** noisy * units if noisy < 1 else None)
+        _round(blocks, generator, clock, _HEAT * _FALL**-noisy * units if noisy < 1 else None)
         if blocks.total > best:
             best, best_order = blocks.total, blocks.order.copy()
     blocks.restore(best_order)
@@ -364,16 +368,23 @@ def _by_clock(clock: _Clock, budget_s: float, pace_s: float) -> Iterator[float]:
 
 
 def _unit(blocks: _Blocks, group: np.ndarray, generator: np.random.Generator) -> float:
-    """A typical small loss: what the best twentieth of the swaps cost that lose something.
+    """A scale of the noise: what the best twentieth of the swaps cost that lose something, over the root of the blocks.
 
     Large scores of few channels would swamp a standard deviation; the swaps worth trying are those that cost little.
+    The more blocks there are, the more of them get a large noise by chance.
     """
-    chunk = generator.permutation(group)[:_CHUNK]
-    table = blocks.tabulate(chunk, generator.integers(0, blocks.m, len(chunk)))
-    own = table.diagonal()
-    losses = own[:, None] + own - table - table.T
-    losses = losses[losses > 1e-6 * own.mean()]
-    return float(np.quantile(losses, 0.05)) if losses.size else 0.0
+    found: list[np.ndarray] = []
+    # A few blocks give few losses at a time, and some give none: no more than so many attempts.
+    for _ in range(64):
+        chunk = generator.permutation(group)[:_CHUNK]
+        table = blocks.tabulate(chunk, generator.integers(0, blocks.m, len(chunk)))
+        own = table.diagonal()
+        losses = own[:, None] + own - table - table.T
+        found.append(losses[losses > 1e-6 * own.mean()])
+        if sum(map(len, found)) >= 256:
+            break
+    losses = np.concatenate(found)
+    return float(np.quantile(losses, 0.05)) / math.sqrt(len(chunk)) if losses.size else 0.0
 
 
 def _polish(blocks: _Blocks, clock: _Clock) -> None:
@@ -472,7 +483,7 @@ class _Layers:
 
 
 def _symmetric(hessian: Tensor) -> np.ndarray:
-    """As float64; the part that is not symmetric has no effect on the objective but would have one on its increments."""
+    """As float64. What is not symmetric does not count in the objective, but would in its increments."""
     wide = hessian.detach().to("cpu", torch.float64)
     return ((wide + wide.T) / 2).numpy()
 

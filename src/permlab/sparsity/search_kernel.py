@@ -191,7 +191,7 @@ def _boundaries(scores, mask, order, block, m, last, first):
 @njit(**_OPTIONS | {"no_cpython_wrapper": True})
 @no_type_check
 def _enter(scores, mask, order, row, block, slot, m, newcomer, last, first):
-    """Whether a newcomer is kept in the slot of another channel, and the third channel that it thereby switches, or -1."""
+    """Whether a newcomer is kept in the slot of another channel, and the third channel that this switches, or -1."""
     kept = mask[row, order[block * m + slot]]
     rival = first[row, block] if kept else last[row, block]
     channel = order[block * m + rival]
@@ -203,7 +203,7 @@ def _enter(scores, mask, order, row, block, slot, m, newcomer, last, first):
 @njit(**_OPTIONS | {"no_cpython_wrapper": True})
 @no_type_check
 def _switches(scores, weights, mask, order, m, row, i, j, last, first, channels, steps):
-    """Channels whose kept state changes in a row if positions i and j trade, and by how much the lost weight changes."""
+    """Channels that a row keeps or loses anew if positions i and j trade, and by how much the lost weight changes."""
     count = 0
     a, b = order[i], order[j]
     keeps_b, rival_a = _enter(scores, mask, order, row, i // m, i % m, m, b, last, first)
@@ -225,7 +225,7 @@ def _switches(scores, weights, mask, order, m, row, i, j, last, first, channels,
 def _descend(
     first_swap, last_swap, pairs, least_gain, scores, weights, mask, order, m, part_of_row, hessians, pull, last, first
 ):  # fmt: skip
-    """Try swaps first_swap..last_swap-1 and make those that lower tr(D H D^T) summed over parts, D being the lost weight.
+    """Try swaps first_swap..last_swap-1 and make those that lower the sum of tr(D H D^T), D being the lost weight.
 
     If a row's D changes by a vector e, its term changes by 2 e H D + e H e; e has at most four entries.
 

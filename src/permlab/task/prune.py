@@ -236,6 +236,10 @@ class Prune(Task):
         self._seconds += time.monotonic()
 
     def on_fit_start(self) -> None:
+        self._bring_layers()
+
+    def _bring_layers(self) -> None:
+        """To where the model is: the trainer moves that to its device, and back to the CPU after training."""
         for layers in self.layers.values():
             layers.items, layers.scores = layers.items.to(self.device), layers.scores.to(self.device)
 
@@ -384,7 +388,7 @@ class Prune(Task):
         with torch.enable_grad():
             for part in self._calibration_losses(lambda inputs: self._run(leaves, inputs)):
                 part.backward()
-                loss += float(part)
+                loss += float(part.detach())
         return loss, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
     def _pruned_values(self, orders: Orders) -> dict[str, Tensor]:
@@ -399,6 +403,7 @@ class Prune(Task):
     def finish(self, run_dir: Path) -> dict[str, float]:
         """Harden, polish, prune; write `checkpoints/best.ckpt`, `arrays/sites.npz` and `arrays/orders.npz`."""
         began = time.monotonic()
+        self._bring_layers()
         starts, learned = self.method.bases(), self.method.orders()
         losses = [self.calibration_loss(self._pruned_values(orders)) for orders in (starts, learned)]
         orders, polished = self._polish(starts if losses[0] <= losses[1] else learned, learned)
