@@ -152,7 +152,7 @@ def _random_swaps(scores: torch.Tensor, row: Row) -> torch.Tensor:
     return torch.from_numpy(order)
 
 
-@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz", "nnan"})
+@njit(nogil=True, fastmath={"contract", "reassoc", "nsz", "nnan"})
 def _try_swaps(columns, order, last, first, pairs, begin):
     """How many pairs were looked at when one gained, or in all; and whether one did."""
     for index in range(begin, len(pairs)):

@@ -1,7 +1,7 @@
 """The table at the end of a run."""
 
 from permlab.cli import resolve
-from permlab.report import report
+from permlab.report import headline, report
 
 
 def test_differences_are_to_the_control() -> None:
@@ -22,3 +22,47 @@ def test_without_a_control_there_is_one_line() -> None:
     fixed, _ = resolve("train", ["method=fixed", "method.order=spiral"])
     assert report(learned, {"test/accuracy": 0.5}) == "test accuracy, 1 seed: 50.0 % (order learned by sort_ste)"
     assert report(fixed, {"test/accuracy": 0.5}) == "test accuracy, 1 seed: 50.0 % (order spiral, fixed)"
+
+
+# Pruning and text
+
+PRUNED = {"test/accuracy": 0.7, "test/accuracy_dense": 0.9, "test/accuracy_unpermuted": 0.65, "prune/retained": 0.8125}
+
+
+def test_pruning_is_compared_with_channels_as_they_are_and_with_the_dense_model() -> None:
+    config, _ = resolve("train", ["task=prune", "method=sort_ste"])
+    lines = report(config, PRUNED | {"prune/seconds": 12.0}).splitlines()
+    assert lines[0].split() == ["test", "accuracy,", "1", "seed", "%", "difference"]
+    cells = {line[:36].strip(): line[36:].split() for line in lines[1:]}
+    assert cells == {
+        "pruned, channels as they are": ["65.0"],
+        "pruned, order learned by sort_ste": ["70.0", "+5.0"],
+        "dense": ["90.0", "+25.0"],
+        "retained score": ["0.8125"],
+        "seconds for the orders": ["12"],
+    }
+
+
+def test_an_order_that_was_found_is_not_called_learned() -> None:
+    config, _ = resolve("train", ["task=prune", "method=swap_search"])
+    assert "pruned, order found by swap_search" in report(config, PRUNED)
+    config, _ = resolve("train", ["task=prune", "method=fixed"])
+    assert "pruned, order row, fixed" in report(config, PRUNED)
+
+
+def test_perplexity_has_no_unit_and_falls_with_a_minus() -> None:
+    config, _ = resolve("train", ["task=prune", "method=sort_ste", "data=pydocs", "model=llama_nano"])
+    summary = {"test/perplexity": 8.125, "test/perplexity_dense": 5.5, "test/perplexity_unpermuted": 10.0}
+    summary |= {"test/accuracy": 0.3, "test/accuracy_unpermuted": 0.2}
+    lines = report(config, summary).splitlines()
+    assert lines[0].split() == ["test", "perplexity,", "1", "seed", "difference"]
+    assert [line[36:].split() for line in lines[1:]] == [["10"], ["8.125", "-1.875"], ["5.5", "-4.5"]]
+    assert headline(summary) == "test/perplexity"
+    assert headline(PRUNED) == "test/accuracy"
+
+
+def test_a_language_model_is_one_line() -> None:
+    config, _ = resolve("train", ["task=lm"])
+    assert report(config, {"test/perplexity": 12.25, "test/accuracy": 0.3}) == (
+        "test perplexity, 1 seed: 12.25 (order row, fixed)"
+    )

@@ -6,9 +6,17 @@ import pytest
 from runs import train
 
 import permlab.run
-from permlab.config import component_names
+from permlab.compose import compose_config
+from permlab.option import class_constant
+from permlab.schema import class_name, component_names, component_path
 
-NANO = ("vit_nano", "vim_nano", "llama_nano", "ssm_probe")
+NANO = ("vit_nano", "vim_nano", "llama_nano", "ssm_probe", "qwen_vl_nano")
+METHODS = component_names("method")
+
+
+def _for_pruning_only(preset: str) -> bool:
+    component = compose_config("train", [f"method={preset}"])[0]["method"]["component"]
+    return class_constant(component_path("method", component), class_name(component), "tasks") is not None
 
 
 @pytest.fixture(autouse=True)
@@ -17,11 +25,34 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("model", NANO)
-@pytest.mark.parametrize("method", component_names("method"))
+@pytest.mark.parametrize("method", [name for name in METHODS if not _for_pruning_only(name)])
 def test_every_backbone_trains_with_every_method(model: str, method: str, tmp_path: Path) -> None:
     result = train(tmp_path, f"model={model}", f"method={method}", "model.patch_size=2", "task.control=false")
     assert result.code == 0, result.err
     assert result.summary["train/steps"] == 2
+    assert 0 <= result.summary["test/accuracy"] <= 1
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared, so that every dense model is trained once."""
+    return tmp_path_factory.mktemp("runs")
+
+
+PAIRS = [("vit_nano", method) for method in METHODS] + [
+    (model, method)
+    for model in ("vim_nano", "llama_nano", "qwen_vl_nano")
+    for method in ("sinkhorn", "reorder", "hybrid", "swap_search")
+]
+
+
+@pytest.mark.parametrize(("model", "method"), PAIRS)
+def test_every_backbone_is_pruned_with_every_method(model: str, method: str, runs: Path) -> None:
+    options = ["task=prune", "task.dense_steps=2", "task.num_samples=32", "task.num_groups=2"]
+    options += ["method.num_polish_steps=2"] if method in ("hybrid", "loss_search") else []
+    result = train(runs, *options, f"model={model}", f"method={method}", "model.patch_size=2")
+    assert result.code == 0, result.err
+    assert 0.5 < result.summary["prune/retained"] < 1
     assert 0 <= result.summary["test/accuracy"] <= 1
 
 

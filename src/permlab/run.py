@@ -52,11 +52,13 @@ SMALL_MODEL = 10_000
 Config = Mapping[str, Any]
 Summary = dict[str, float]
 
-# Lightning's remarks that are no news here: how it logs, and that a resumed run's folder has files.
+# Lightning's remarks that are no news here: how it logs, that a resumed run's folder has files, and that
+# a pruned model is not trained.
 EXPECTED_WARNINGS = (
     ".*is deprecated, use `isinstance.treespec, TreeSpec.*",
     "The number of training batches .* is smaller than the logging interval.*",
     "Checkpoint directory .* exists and is not empty.*",
+    "Found .* module.* in eval mode at the start of training.*",
 )
 
 
@@ -144,6 +146,8 @@ def dense_run(config: Config) -> Path | None:
     run_dir = dense_directory(config)
     if run_dir is None or config["task"]["dense"]:
         return run_dir
+    if not is_done(run_dir):
+        assemble(config)  # refuses what cannot be pruned before the minutes that training takes
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     with (run_dir.parent / f".{run_dir.name}.lock").open("w") as lock:
         if is_rank_zero():

@@ -44,13 +44,20 @@ def read_sweep(name: str) -> list[list[str]]:
         raise ConfigError(f"{path.name}: method={sweep.get('method')}; only a grid is run here")
     axes = []
     for key, choice in sweep["parameters"].items():
-        values = choice["values"] if "values" in choice else [choice["value"]]
-        axes.append([f"{key}={_word(value)}" for value in values])
+        values = choice.get("values", [choice["value"]] if "value" in choice else [])
+        if not values:
+            raise ConfigError(f"{path.name}: parameters.{key}={choice}: expected value or values")
+        axes.append([f"{key}={value if isinstance(value, str) else _word(value)}" for value in values])
     return [list(job) for job in itertools.product(*axes)]
 
 
 def _word(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    """A value as Hydra's grammar has it: JSON, but for the keys, which are not quoted."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_word(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_word, value)) + "]"
+    return json.dumps(value)
 
 
 def run_jobs(jobs: Sequence[Sequence[str]], *, num_processes: int) -> list[int]:
@@ -75,7 +82,8 @@ def run_jobs(jobs: Sequence[Sequence[str]], *, num_processes: int) -> list[int]:
             for sentinel in wait(list(running)) if running else []:
                 index, process = running.pop(sentinel)
                 process.join()
-                codes[index] = process.exitcode or 0
+                code = process.exitcode or 0
+                codes[index] = 128 - code if code < 0 else code  # killed by a signal
                 minutes = (time.monotonic() - began) / 60
                 print(
                     f"[{len(codes)}/{len(jobs)}] {minutes:.1f} min, exit {codes[index]}: {' '.join(jobs[index])}",
@@ -94,6 +102,14 @@ def _done(job: Sequence[str]) -> int | None:
     except ConfigError as error:
         print(f"error: {' '.join(job)}: {error}", file=sys.stderr)
         return 2
+
+
+def _resolve(job: Sequence[str]) -> dict[str, Any] | None:
+    """Configuration of a job; None where there is none, which has been reported."""
+    try:
+        return resolve_train(job)[0]
+    except ConfigError:
+        return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,7 +139,8 @@ def _run(options: argparse.Namespace) -> int:
     codes = [] if options.table else run_jobs(jobs, num_processes=options.processes)
     from permlab.table import write_table
 
-    finished = [config for job in jobs if is_done(run_directory(config := resolve_train(job)[0]))]
+    configs = [config for job in jobs if (config := _resolve(job)) is not None]
+    finished = [config for config in configs if is_done(run_directory(config))]
     stem = options.study or "_".join(names)
     print(write_table(finished, RESULTS / stem))
     return max(codes, default=0)

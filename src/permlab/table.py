@@ -90,8 +90,8 @@ def _dense_row(runs: Any, metric: str, num_columns: int) -> list[str]:
 
 def _labels(configs: Sequence[Config]) -> list[str]:
     """What distinguishes each row: method and pruner, and every other setting that is not a preset's own."""
-    flat = [_flatten({group: config[group] for group in ("method", "task", "trainer", "model")}) for config in configs]
-    skipped = ("method.name", "method.component", "task.pruner", "trainer.max_steps", "trainer.val_check_interval")
+    groups = ("method", "task", "trainer", "model", "data", "optim")
+    flat = [_flatten({group: config[group] for group in groups}) for config in configs]
     labels = []
     for config, settings in zip(configs, flat, strict=True):
         name = config["method"]["name"]
@@ -101,7 +101,7 @@ def _labels(configs: Sequence[Config]) -> list[str]:
         extra = [
             f"{key.removeprefix('method.')}={value}"
             for key, value in settings.items()
-            if key not in skipped[:3] and any(other.get(key) != value for other in same)
+            if any(other.get(key) != value for other in same)
         ]
         pruner = config["task"].get("pruner")
         shown = name if pruner is None else pruner if name == "fixed" else f"{pruner} + {name}"

@@ -158,3 +158,58 @@ def test_what_a_dataset_refuses_is_an_error_of_the_configuration(tmp_path: Path)
     module = DataModule(settings | {"batch_size": 2, "num_workers": 0}, seed=0)
     with pytest.raises(ConfigError, match=r"data: .*pathmnist\.npz: no such file"):
         module.train_dataloader()
+
+
+# Samples to calibrate on
+
+TEXT = {"name": "pydocs", "component": "pydocs", "sequence_length": 16, "tokenizer": "byte", "vocab_size": 256}
+TEXT |= {"val_fraction": 0.05, "test_fraction": 0.05, "batch_size": 8, "num_workers": 0}
+
+
+def test_a_sample_is_drawn_without_repetition_by_seed_and_split() -> None:
+    module = DataModule(DIGITS | {"batch_size": 16}, seed=3)
+    batches = module.sample("train", 40)
+    assert [len(inputs) for inputs, _ in batches] == [len(labels) for _, labels in batches] == [16, 16, 8]
+    inputs, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    dataset = module.component.dataset("train", 3)
+    places = [
+        [i for i in range(len(dataset)) if torch.equal(dataset.inputs[i], image) and dataset.labels[i] == label]
+        for image, label in zip(inputs, labels, strict=True)
+    ]
+    assert all(len(place) == 1 for place in places)
+    drawn = [place[0] for place in places]
+    assert len(set(drawn)) == 40
+    assert drawn != sorted(drawn)
+
+    def sample(seed: int, split: str = "train", **changes: object) -> torch.Tensor:
+        found = DataModule(DIGITS | changes, seed=seed).sample(split, 40)
+        return torch.cat([images for images, _ in found])
+
+    torch.rand(3)
+    np.random.rand(3)
+    assert torch.equal(sample(3), inputs), "the same whatever the size of batches"
+    assert not torch.equal(sample(4), inputs)
+    assert not torch.equal(sample(3, "val"), inputs)
+
+
+def test_a_sample_has_all_of_a_smaller_split() -> None:
+    module = DataModule(DIGITS, seed=0)
+    batches = module.sample("val", 10_000)
+    assert sum(len(labels) for _, labels in batches) == 539
+    torch.testing.assert_close(
+        torch.cat([inputs for inputs, _ in batches]).sum(), module.component.dataset("val", 0).inputs.sum()
+    )
+
+
+def test_a_sample_of_text_is_windows_with_their_next_tokens() -> None:
+    for inputs, targets in DataModule(TEXT, seed=0).sample("val", 20):
+        assert inputs.shape == targets.shape
+        assert inputs.shape[1] == 16
+        assert torch.equal(inputs[:, 1:], targets[:, :-1])
+
+
+def test_an_empty_split_cannot_be_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = DataModule(DIGITS, seed=0)
+    monkeypatch.setattr(module, "_dataset", lambda split: [])
+    with pytest.raises(ValueError, match="the val split has no samples"):
+        module.sample("val", 4)

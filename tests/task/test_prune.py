@@ -396,7 +396,10 @@ class Study:
         key = (*words, steps)
         if key not in self.found:
             options = ("task.num_samples=24", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1")
-            self.found[key] = train(self.folder, *words_of(*options, *words), steps=steps)
+            with pytest.MonkeyPatch.context() as patch:
+                if words not in (FIXED, SINKHORN):  # pictures take a third of the time
+                    patch.setattr(permlab.run, "draw_all", lambda run_dir: [])
+                self.found[key] = train(self.folder, *words_of(*options, *words), steps=steps)
         return self.found[key]
 
 
@@ -416,7 +419,7 @@ SORT_VIM = ("method=sort_ste", *FAR, "model=vim_nano")
 REORDER = ("method=reorder", *FAR)
 CASES = [
     *(FIXED, SINKHORN, SINKHORN_STE, ("method=sort_ste", *FAR), REORDER, SEARCH, SORT_VIM, FOLDABLE, FIXED_TEXT),
-    *(INDEPENDENT, ("method=reorder", *FAR, *TEXT), ("method=sinkhorn_network", "task.sites=[mlp.fc2]")),
+    INDEPENDENT,
 ]
 
 
@@ -488,7 +491,7 @@ def test_what_a_fixed_order_gives_is_what_pruning_without_one_gives(words: tuple
     assert summary["test/loss_unpermuted"] != summary["test/loss_dense"]
 
 
-@pytest.mark.parametrize("words", [FIXED, REORDER, SEARCH, SORT_VIM, INDEPENDENT], ids=" ".join)
+@pytest.mark.parametrize("words", [FIXED, SEARCH, INDEPENDENT], ids=" ".join)
 def test_eval_prints_the_same_numbers(words: tuple[str, ...], study: Study, capsys: pytest.CaptureFixture[str]) -> None:
     result = study(*words)
     assert main("eval", [f"run={result.run_dir}"]) == 0
@@ -766,7 +769,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
     second = stopped(*words, steps=6)
     assert second.code == 0, second.err
     assert second.metrics == whole.metrics
-    clock = ("prune/seconds", "train/seconds")
+    clock = ("prune/seconds", "train/seconds", "prune/peak_memory_mib")
     assert {k: v for k, v in second.summary.items() if k not in clock} == {
         k: v for k, v in whole.summary.items() if k not in clock
     }

@@ -123,10 +123,21 @@ def _confusion(run_dir: Path) -> "Figure | None":
     return confusion_figure(arrays["confusion"], names) if arrays else None
 
 
+def _pruning(run_dir: Path) -> "Figure | None":
+    from permlab.figure.pruning import pruning_figure
+
+    arrays = _read(run_dir / "arrays" / "sites.npz")
+    if not arrays:
+        return None
+    layers, errors = arrays["layer"].tolist(), arrays["reconstruction_error"]
+    return pruning_figure(layers, errors, arrays["site"].tolist(), arrays["retained"], arrays["polished_loss"])
+
+
 FIGURES: dict[str, Callable[[Path], "Figure | None"]] = {
     "order": _order,
     "soft_matrix": _soft,
     "scores": _scores,
     "training": _training,
     "confusion": _confusion,
+    "pruning": _pruning,
 }

@@ -13,6 +13,8 @@ from permlab.figure.style import PALETTE, new_figure
 PANELS: tuple[tuple[str, Mapping[str, str]], ...] = (
     ("loss", {"train": "train/loss", "validation": "val/loss"}),
     ("accuracy", {"train (batch)": "train/accuracy", "validation": "val/accuracy"}),
+    ("perplexity", {"validation": "val/perplexity"}),
+    ("divergence\nfrom dense", {"hard orders": "val/calibration_loss", "soft orders": "val/soft_calibration_loss"}),
     ("temperature", {"temperature": "permutation/temperature"}),
     ("permutation", {"Kendall to start": "permutation/kendall", "entropy (1 = uniform)": "permutation/entropy"}),
 )

@@ -22,7 +22,7 @@ from permlab.sparsity.search_kernel import reconstruction_kernels, retention_ker
 # Blocks that exchange channels at a time in `swap_search`; an assignment costs up to the cube of it.
 _CHUNK = 512
 # Standard deviation of the noise at the start of a cycle, in units of `_unit`, and what it is divided by until its end.
-_HEAT, _FALL = 1.0, 5.0
+_HEAT, _FALL = 1.5, 5.0
 # Rounds of a cycle; where there is time for more, a new cycle finds more than a slower one.
 _CYCLE = 30_000
 # Swaps that `reconstruction_search` draws at a time.
@@ -57,7 +57,7 @@ def deal_and_match(
         Language Models (ICLR), channel permutation (HCR and LSA).
     Differs from source: nothing for one sweep and one group; further sweeps and groups are ours.
     Cost: O(o i^2 / m) time for a sweep and m assignments of i / m blocks, in float32 on one core;
-        memory of (1 + 3 / m) float32 copies of the scores and three tables of (i / m)^2 numbers.
+        memory of (1 + 3 / m) float32 copies of the scores and two tables of (i / m)^2 float64.
     Example:
         >>> deal_and_match(torch.tensor([[4.0, 3.0, 2.0, 1.0], [4.0, 1.0, 3.0, 2.0]]), n=1, m=2)
         tensor([3, 0, 1, 2])
@@ -234,7 +234,6 @@ class _Blocks:
         self.groups = np.arange(num_blocks).reshape(num_groups, -1)
         self._last, self._first = np.empty((2, num_blocks, num_rows), np.float32)
         self.kept = np.empty(num_blocks)
-        self._bars, self._cells = np.empty((0, num_rows), np.float32), np.empty(0)
         self.refresh(np.arange(num_blocks))
 
     @property
@@ -248,22 +247,25 @@ class _Blocks:
         )  # fmt: skip
 
     def tabulate(self, blocks: np.ndarray, slots: np.ndarray) -> np.ndarray:
-        """What block i retains with block j's channel in its own one's place, but for a number that depends on i only.
+        """What block i retains with block j's channel in its own one's place, but for a number that depends on i only."""
+        positions = blocks * self.m + slots
+        return self._tabulate(positions, self._raise_bars(positions)[0])
 
-        The table is valid until the next call.
-        """
-        count = len(blocks)
-        # The kernel wants an even number; the last block is repeated.
-        blocks, slots = (np.append(part, part[-1]) if count % 2 else part for part in (blocks, slots))
-        even = len(blocks)
-        if even > len(self._bars):
-            self._bars, self._cells = np.empty((even, self.scores.shape[1]), np.float32), np.empty(even * even)
-        bars, table = self._bars[:even], self._cells[: even * even].reshape(even, even)
-        channels = self.order[blocks * self.m + slots]
-        kernels = retention_kernels()
-        kernels.raise_bars(self.scores, channels, blocks, self._last, self._first, bars)
-        kernels.tabulate(self.scores, channels, bars, table)
-        return table[:count, :count]
+    def _raise_bars(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The bars of channels at some positions, and what these retain there, see the kernel."""
+        positions = _even(positions)
+        bars, own = np.empty((len(positions), self.scores.shape[1]), np.float32), np.empty(len(positions))
+        retention_kernels().raise_bars(
+            self.scores, self.order[positions], positions // self.m, self._last, self._first, bars, own
+        )  # fmt: skip
+        return bars, own
+
+    def _tabulate(self, positions: np.ndarray, bars: np.ndarray) -> np.ndarray:
+        """For every bar, what is retained with the channel at each of some positions."""
+        even = _even(positions)
+        table = np.empty((len(bars), len(even)))
+        retention_kernels().tabulate(self.scores, self.order[even], bars, table)
+        return table[:, : len(positions)]
 
     def match(self, blocks: np.ndarray, slots: np.ndarray, noise: np.ndarray | None = None) -> None:
         """Take the channel in one slot of each block out and put them all back where they retain most together."""
@@ -280,16 +282,39 @@ class _Blocks:
             self.order[positions] = self.order[positions][chosen]
             self.refresh(blocks[moved])
 
-    def find_swaps(self, blocks: np.ndarray, gains: np.ndarray, slots: np.ndarray, partners: np.ndarray) -> None:
-        """The best swap of each of some blocks: its gain, and the positions of the two channels."""
-        size = self.groups.shape[1]
-        retention_kernels().find_swaps(
-            self.scores, self.order, blocks, size, self.m, self._last, self._first, gains, slots, partners
-        )  # fmt: skip
+    def find_swaps(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The best swap of each of some blocks of one group: its gain, and the positions of the two channels."""
+        own = _positions(blocks, self.m)
+        bars, own_retained = self._raise_bars(own)
+        gains, pairs = np.full(len(blocks), -np.inf), np.zeros((2, len(blocks)), np.int64)
+        group = self.groups[blocks[0] // self.groups.shape[1]]
+        for chunk in np.array_split(group, math.ceil(len(group) / _CHUNK * self.m)):
+            other = _positions(chunk, self.m)
+            other_bars, other_retained = self._raise_bars(other)
+            table = self._tabulate(other, bars)[: len(own)] + self._tabulate(own, other_bars)[: len(other)].T
+            table -= own_retained[: len(own), None] + other_retained[: len(other)]
+            table[own[:, None] // self.m == other // self.m] = -np.inf
+            table = table.reshape(len(blocks), -1)
+            best = table.argmax(1)
+            found = table[np.arange(len(blocks)), best]
+            better = found > gains
+            gains[better] = found[better]
+            slot, partner = np.divmod(best, len(other))
+            pairs[:, better] = np.stack((blocks * self.m + slot, other[partner]))[:, better]
+        return gains, pairs[0], pairs[1]
 
     def restore(self, order: np.ndarray) -> None:
         self.order[:] = order
         self.refresh(self.groups.ravel())
+
+
+def _even(positions: np.ndarray) -> np.ndarray:
+    """The kernels want an even number; the last one is repeated."""
+    return np.append(positions, positions[-1]) if len(positions) % 2 else positions
+
+
+def _positions(blocks: np.ndarray, m: int) -> np.ndarray:
+    return (blocks[:, None] * m + np.arange(m)).ravel()
 
 
 class _Clock:
@@ -368,7 +393,7 @@ def _by_clock(clock: _Clock, budget_s: float, pace_s: float) -> Iterator[float]:
 
 
 def _unit(blocks: _Blocks, group: np.ndarray, generator: np.random.Generator) -> float:
-    """A scale of the noise: what the best twentieth of the swaps cost that lose something, over the root of the blocks.
+    """A scale of the noise: what swaps cost that are among the cheapest to lose by, over the root of the blocks.
 
     Large scores of few channels would swamp a standard deviation; the swaps worth trying are those that cost little.
     The more blocks there are, the more of them get a large noise by chance.
@@ -384,21 +409,24 @@ def _unit(blocks: _Blocks, group: np.ndarray, generator: np.random.Generator) ->
         if sum(map(len, found)) >= 256:
             break
     losses = np.concatenate(found)
-    return float(np.quantile(losses, 0.05)) / math.sqrt(len(chunk)) if losses.size else 0.0
+    # The cheapest twentieth; of few swaps more, since the very cheapest may cost next to nothing.
+    share = min(1.0, 0.05 + 0.5 / len(chunk))
+    return float(np.quantile(losses, share)) / math.sqrt(len(chunk)) if losses.size else 0.0
 
 
 def _polish(blocks: _Blocks, clock: _Clock) -> None:
     """Swap single channels while a swap gains; all swaps of a block are looked at anew whenever it changes."""
-    num_blocks = len(blocks.kept)
+    num_blocks, size = len(blocks.kept), blocks.groups.shape[1]
     gains, (slots, partners) = np.full(num_blocks, -np.inf), np.zeros((2, num_blocks), np.int64)
     stale = np.arange(num_blocks)
     # Some ten milliseconds between two looks at the clock.
-    at_a_time = max(1, 2**26 // (blocks.scores.size * blocks.m))
+    at_a_time = max(1, 2**29 // (size * blocks.m**2 * blocks.scores.shape[1]))
     while stale.size:
-        for batch in np.array_split(stale, math.ceil(len(stale) / at_a_time)):
-            if clock.is_over():
-                return
-            blocks.find_swaps(batch, gains, slots, partners)
+        for group in np.split(stale, np.flatnonzero(np.diff(stale // size)) + 1):
+            for batch in np.array_split(group, math.ceil(len(group) / at_a_time)):
+                if clock.is_over():
+                    return
+                gains[batch], slots[batch], partners[batch] = blocks.find_swaps(batch)
         touched = _swap_best(blocks, gains, slots, partners)
         blocks.refresh(np.flatnonzero(touched))
         stale = np.flatnonzero(touched | touched[partners // blocks.m])

@@ -69,36 +69,40 @@ def _refresh(scores, order, blocks, n, m, last, first, kept):
 
 
 @no_type_check
-def _raise_bars(scores, channels, blocks, last, first, bars):
-    """bars[i] = the bars of channels[i], which sits in blocks[i].
+def _raise_bars(scores, channels, blocks, last, first, bars, own):
+    """bars[i] = the bars of channels[i], which sits in blocks[i]; own[i] = its entry of the table below, with itself.
 
     Shapes:
-        channels, blocks: [k].  bars: [k, row].
+        channels, blocks, own: [k].  bars: [k, row].
     """
     for i in range(channels.shape[0]):
         channel, block = channels[i], blocks[i]
+        total = 0.0
         for r in range(scores.shape[1]):
-            kept = scores[channel, r] >= last[block, r]
-            bars[i, r] = first[block, r] if kept else last[block, r]
+            score = scores[channel, r]
+            bar = first[block, r] if score >= last[block, r] else last[block, r]
+            bars[i, r] = bar
+            total += np.float64(max(bar, score))
+        own[i] = total
 
 
 @no_type_check
 def _tabulate(scores, channels, bars, table):
     """table[i, j] = sum over rows of max(bars[i], scores[channels[j]]): the retained score of i's block, but for
-    a number that depends on i only, if channels[j] takes the slot of channels[i].
+    a number that depends on i only, if channels[j] takes the slot that bars[i] belongs to.
 
     Shapes:
-        channels: [k], k even.  bars: [k, row].  table: [k, k].
+        bars: [k, row].  channels: [c].  table: [k, c], k and c even.
     """
-    count, num_rows = channels.shape[0], scores.shape[1]
+    num_bars, num_rows = bars.shape
     table[:] = 0
     for start in range(0, num_rows, _TILE):
         stop = min(num_rows, start + _TILE)
-        for stripe in range(0, count, _STRIPE):
+        for stripe in range(0, channels.shape[0], _STRIPE):
             # Two bars by two channels at a time: every number read is used twice.
-            for i in range(0, count, 2):
+            for i in range(0, num_bars, 2):
                 bar, other_bar = bars[i, start:stop], bars[i + 1, start:stop]
-                for j in range(stripe, min(count, stripe + _STRIPE), 2):
+                for j in range(stripe, min(channels.shape[0], stripe + _STRIPE), 2):
                     score, other_score = scores[channels[j], start:stop], scores[channels[j + 1], start:stop]
                     a = b = c = d = np.float32(0)
                     for r in range(stop - start):
@@ -110,60 +114,6 @@ def _tabulate(scores, channels, bars, table):
                     table[i, j + 1] += b
                     table[i + 1, j] += c
                     table[i + 1, j + 1] += d
-
-
-@no_type_check
-def _find_swaps(scores, order, blocks, size, m, last, first, gains, slots, partners):
-    """For each of some blocks, the swap of one of its channels with one of another block that gains most.
-
-    Shapes:
-        order: [channel].  blocks: indices.  size: blocks in a group; partners are of the same group.
-        gains, slots, partners: [block]; the gain, and the positions of the two channels.
-    """
-    num_rows = scores.shape[1]
-    bars, own = np.empty((m, num_rows), np.float32), np.empty(num_rows, np.float32)
-    for block in blocks:
-        _bars_of_block(scores, order, block, m, last, first, bars)
-        gains[block], slots[block], partners[block] = -np.inf, block * m, block * m
-        home = block // size * size
-        for other in range(home, home + size):
-            if other == block:
-                continue
-            for position in range(other * m, (other + 1) * m):
-                newcomer = order[position]
-                for r in range(num_rows):
-                    kept = scores[newcomer, r] >= last[other, r]
-                    own[r] = first[other, r] if kept else last[other, r]
-                for slot in range(m):
-                    gain = _gain(bars[slot], scores[order[block * m + slot]], own, scores[newcomer])
-                    if gain > gains[block]:
-                        gains[block], slots[block], partners[block] = gain, block * m + slot, position
-
-
-@njit(**_OPTIONS | {"no_cpython_wrapper": True})
-@no_type_check
-def _bars_of_block(scores, order, block, m, last, first, bars):
-    for slot in range(m):
-        channel = order[block * m + slot]
-        for r in range(scores.shape[1]):
-            kept = scores[channel, r] >= last[block, r]
-            bars[slot, r] = first[block, r] if kept else last[block, r]
-
-
-@njit(**_OPTIONS | {"no_cpython_wrapper": True})
-@no_type_check
-def _gain(bar, score, other_bar, other_score):
-    """What both blocks retain more if the two channels change places."""
-    total = 0.0
-    for start in range(0, bar.shape[0], _TILE):
-        part = np.float32(0)
-        for r in range(start, min(bar.shape[0], start + _TILE)):
-            # Differences first: the gain is a small number, the sums are not.
-            part += (max(bar[r], other_score[r]) - max(bar[r], score[r])) + (
-                max(other_bar[r], score[r]) - max(other_bar[r], other_score[r])
-            )
-        total += part
-    return total
 
 
 # Reconstruction
@@ -273,12 +223,11 @@ _boundaries_piece = njit(**_OPTIONS | {"no_cpython_wrapper": True})(_boundaries)
 
 
 class Kernels(NamedTuple):
-    """The compiled functions of this file, by their names without the underscore."""
+    """Compiled functions of this file, by their names without the underscore."""
 
     refresh: Callable[..., None]
     raise_bars: Callable[..., None]
     tabulate: Callable[..., None]
-    find_swaps: Callable[..., None]
 
 
 @cache
@@ -287,11 +236,8 @@ def retention_kernels() -> Kernels:
     wide, single, sums, indices = float32[:, ::1], float64[:, ::1], float64[::1], int64[::1]
     return Kernels(
         refresh=_compile(_refresh, void(wide, indices, indices, int64, int64, wide, wide, sums)),
-        raise_bars=_compile(_raise_bars, void(wide, indices, indices, wide, wide, wide)),
+        raise_bars=_compile(_raise_bars, void(wide, indices, indices, wide, wide, wide, sums)),
         tabulate=_compile(_tabulate, void(wide, indices, wide, single)),
-        find_swaps=_compile(
-            _find_swaps, void(wide, indices, indices, int64, int64, wide, wide, sums, indices, indices)
-        ),
     )
 
 
