@@ -90,6 +90,7 @@ def rows(*, size: int, budget_s: float, quick: bool) -> list[Row]:
         name = f"{kind} {size}"
         todo += [Row(name, "default order"), Row(name, "deal_and_match")]
         todo += [Row(name, "random swaps", budget_s=budget_s), Row(name, "swap_search", budget_s=budget_s)]
+        todo += [Row(name, "swap_search")]
     return todo
 
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -161,16 +162,22 @@ def linger(seconds: float, code: int) -> None:
     os._exit(code)
 
 
+def fork(seconds: float, code: int) -> BaseProcess:
+    # Not with the handler that a training in this process may have left.
+    previous = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    process = multiprocessing.get_context("fork").Process(target=linger, args=(seconds, code))
+    process.start()
+    signal.signal(signal.SIGTERM, previous)
+    return process
+
+
 def test_codes_are_in_the_order_of_the_jobs_and_a_killed_job_counts_as_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def start(name: str, job: list[str]):
-        seconds, code = plans[int(job[0].split("=")[1])]
-        process = multiprocessing.get_context("fork").Process(target=linger, args=(seconds, code))
-        process.start()
-        started.append(process)
-        alive.append(sum(other.is_alive() for other in started))
-        return process
+        started.append(fork(*plans[int(job[0].split("=")[1])]))
+        alive.append(sum(process.is_alive() for process in started))
+        return started[-1]
 
     plans, started, alive = [(0.3, 0), (0.05, 1), (0.1, -signal.SIGKILL), (0.05, 143)], [], []
     monkeypatch.setattr(permlab.sweep, "start_job", start)
@@ -185,10 +192,8 @@ def test_an_interruption_ends_the_jobs(tmp_path: Path, monkeypatch: pytest.Monke
     started = []
 
     def start(name: str, job: list[str]):
-        process = multiprocessing.get_context("fork").Process(target=linger, args=(60, 0))
-        process.start()
-        started.append(process)
-        return process
+        started.append(fork(60, 0))
+        return started[-1]
 
     def interrupt(sentinels: list[int]) -> list[int]:
         raise KeyboardInterrupt

@@ -178,7 +178,6 @@ def fit_and_test(config: Config, run_dir: Path, parts: Assembly, data: DataModul
     if is_rank_zero():
         truncate_metrics(run_dir, _step_of(checkpoint))
     began = time.monotonic()
-    task.begin(data)
     logger = _logger(config, run_dir)
     arguments = _trainer_arguments(config)
     sharded = arguments["strategy"] == "fsdp"
@@ -192,6 +191,8 @@ def fit_and_test(config: Config, run_dir: Path, parts: Assembly, data: DataModul
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
+    task.to(trainer.strategy.root_device)
+    task.begin(data)
     L.seed_everything(config["seed"], verbose=False)
     if task.learns:
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -217,6 +218,7 @@ def _finish(config: Config, run_dir: Path, task: Task, data: DataModule, trainer
         return {}
     if task.learns:
         load_weights(run_dir / "checkpoints" / "picked.ckpt", ("method", task.method))
+    task.to(trainer.strategy.root_device)  # which the trainer has left
     summary = task.finish(run_dir)
     trainer.strategy.barrier()
     final = {name: task.model.get_parameter(name).clone() for name in task.variants["dense"]}

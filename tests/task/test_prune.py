@@ -704,6 +704,14 @@ def test_bad_input_is_one_line(
     assert message in refused(*words, runs=runs, capsys=capsys)
 
 
+@pytest.mark.parametrize("word", ["task.sites=[mlp.fc3]", "task.m=5", "task.num_groups=3", "method.order=[1,0]"])
+def test_what_cannot_be_pruned_is_refused_before_a_model_is_trained(
+    word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(word, runs=tmp_path / "runs", capsys=capsys)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_an_order_file_of_other_sites_is_refused(
     study: Study, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,7 +22,7 @@ from permlab.sparsity.search_kernel import reconstruction_kernels, retention_ker
 # Blocks that exchange channels at a time in `swap_search`; an assignment costs up to the cube of it.
 _CHUNK = 512
 # Standard deviation of the noise at the start of a cycle, in units of `_unit`, and what it is divided by until its end.
-_HEAT, _FALL = 1.5, 5.0
+_HEAT, _FALL = 1.0, 5.0
 # Rounds of a cycle; where there is time for more, a new cycle finds more than a slower one.
 _CYCLE = 30_000
 # Swaps that `reconstruction_search` draws at a time.
@@ -247,9 +247,9 @@ class _Blocks:
         )  # fmt: skip
 
     def tabulate(self, blocks: np.ndarray, slots: np.ndarray) -> np.ndarray:
-        """What block i retains with block j's channel in its own one's place, but for a number that depends on i only."""
+        """What block i retains with block j's channel in its own one's place, but for a number that depends on i."""
         positions = blocks * self.m + slots
-        return self._tabulate(positions, self._raise_bars(positions)[0])
+        return self._tabulate(positions, self._raise_bars(positions)[0])[: len(blocks)]
 
     def _raise_bars(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The bars of channels at some positions, and what these retain there, see the kernel."""

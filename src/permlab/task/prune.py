@@ -192,7 +192,7 @@ class Prune(Task):
         with _as_config_error():
             self.calibration = [self._shorten(batch) for batch in data.sample("train", self.num_samples)]
             self.held_out = [self._shorten(batch)[0] for batch in data.sample("val", self.num_samples)]
-            statistics = collect(self.reading, self._pruned_modules(), (inputs for inputs, _ in self.calibration))
+            statistics = collect(self.reading, self._pruned_modules(), (x.to(self.device) for x, _ in self.calibration))
             for site in self.method.sites:
                 weights = [dense_rows(self.model, reader) for reader in site.readers]
                 inputs = [statistics[reader.module] for reader in site.readers]
