@@ -232,3 +232,8 @@ def test_shell_completion_knows_the_choices() -> None:
     environment = {"COMP_LINE": "python train.py method=sinkhorn_", "COMP_POINT": "33"}
     result = script("train.py", "-sc", "query=bash", **environment)
     assert "method=sinkhorn_ste" in result.stdout, result.stderr
+
+
+def test_an_order_is_counted_in_items_not_in_patches() -> None:
+    config, _ = resolve("train", ["model=qwen_vl_nano", "model.patch_size=2", "method.order=[3,1,2,0]"])
+    assert config["method"]["order"] == [3, 1, 2, 0]

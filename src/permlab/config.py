@@ -181,6 +181,8 @@ def _check_across(config: Mapping[str, Any]) -> list[str]:
     try:
         text = spec.kind == "text"  # which has no patches
         height, width = spec.grid(spec.patch_size if text else model.get("patch_size") or spec.patch_size)
+        merged = 1 if text else model.get("merge_size", 1)  # patches of an item's side
+        height, width = height // merged, width // merged
         num_items = height * width
     except ValueError as error:
         problems.append(f"model.patch_size={model['patch_size']}: {error}")

@@ -87,7 +87,7 @@ def evaluate(config: Config) -> Summary:
     run_dir = Path(config["run"])
     settings = read_config(run_dir)
     _quiet_lightning()
-    _, data, task = _build(settings)
+    _, data, task = _build(_without_pretrained(settings))
     _set_threads(settings, task.model)
     # One process, wherever the run was trained: its ranks would each print.
     accelerator = "cpu" if settings["trainer"]["accelerator"] == "cpu" else "auto"
@@ -101,6 +101,14 @@ def evaluate(config: Config) -> Summary:
         _upload(run_dir)
     print(f"run: {run_dir}")
     return summary
+
+
+def _without_pretrained(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a model whose weights are about to be loaded from a run: no others are fetched before."""
+    given = config["model"].get("pretrained")
+    return (
+        config if not given else config | {"model": config["model"] | {"pretrained": False if given is True else None}}
+    )
 
 
 def _upload(run_dir: Path) -> None:

@@ -511,7 +511,8 @@ def trace(preset: str, changes: dict[str, Any]) -> list[Any]:
     """Everything a short training shows of a method, to the bit."""
     method = make(preset, 6, **changes).double()
     items = items_of(5, 6).double()
-    seen: list[Any] = [method.lr, method.num_polish_steps, method.search(channels())]
+    found = [method.search(replace(channels(), updates_weights=updates)) for updates in (False, True)]
+    seen: list[Any] = [method.lr, method.num_polish_steps, *found]
     for number in range(12):
         method.advance(number, 12)
         sample = method(items, generator=seeded(number))

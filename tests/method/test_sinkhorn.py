@@ -8,7 +8,7 @@ from permlab.method.sinkhorn import Sinkhorn, _gumbel_like
 from permlab.permutation import Site, order_to_matrix, permute
 
 
-def sinkhorn_of(order, num_groups=1, **changes):
+def sinkhorn_of(order, num_groups=1, num_features=None, **changes):
     options = {
         "temperature": 0.3,
         "lr": 0.01,
@@ -17,10 +17,13 @@ def sinkhorn_of(order, num_groups=1, **changes):
         "estimator": "straight_through",
         "num_iters": 20,
         "noise": 0.0,
+        "start": "order",
         "start_scale": 1.0,
         "jitter": 0.01,
+        "cost": "table",
+        "width": 8,
     }
-    site = Site(name="site", order=torch.tensor(order), num_groups=num_groups)
+    site = Site(name="site", order=torch.tensor(order), num_groups=num_groups, num_features=num_features)
     return Sinkhorn(site, **options | changes)
 
 
@@ -115,3 +118,25 @@ def test_relaxed_in_training_hard_in_evaluation():
     sample = method()
     torch.testing.assert_close(permute(x, sample), sample.soft @ x)
     assert torch.equal(permute(x, method.eval()()), x[:, [2, 0, 1]])
+
+
+@pytest.mark.parametrize("start", ["zero", "random"])
+def test_a_start_without_the_order(start: str) -> None:
+    table = sinkhorn_of(list(range(64)), start=start, start_scale=2.0, jitter=0.0).table
+    assert bool((table == 0).all()) == (start == "zero")
+    assert table.abs().max() <= 2.0
+
+
+def test_the_network_starts_at_the_table_and_then_reads_the_features() -> None:
+    items = torch.randn(6, 3)
+    order = [2, 0, 1, 4, 5, 3]
+    method = sinkhorn_of(order, num_groups=2, num_features=3, cost="network")
+    assert method.best(items).tolist() == order
+    with torch.no_grad():
+        for parameter in method.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    hidden = method.network.items(items).unflatten(0, (2, 3))
+    expected = method.table + torch.einsum("gsw,giw->gsi", method.network.slots, hidden)
+    assert torch.allclose(method.scores(items), expected)
+    with pytest.raises(ValueError, match="features"):
+        method.best(None)
