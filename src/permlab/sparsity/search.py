@@ -93,8 +93,9 @@ def swap_search(
     the rounds before the first noise reach.
 
     Without a budget the result depends on the arguments only (and on how the processor rounds sums),
-    and no swap of two channels retains more, up to rounding. With a budget the noisy rounds are as many as fit into it; the result then
-    depends on the machine, and it is an order like that only if there was time to check.
+    and no swap of two channels retains more, up to rounding. With a budget the noisy rounds are as
+    many as fit into it; the result then depends on the machine, and swaps are checked only while
+    there is time.
 
     Shapes:
         o: outputs.  i: input channels, a multiple of num_groups * m.
