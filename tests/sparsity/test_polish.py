@@ -164,3 +164,17 @@ def test_every_set_of_swaps_touches_a_block_once() -> None:
     moved = {name: (before[name] != after[name]).view(-1, 4).sum(1) for name in before}
     assert sum(int(count.sum()) for count in moved.values()) >= 4, "several swaps at once"
     assert all(count.max() <= 1 for count in moved.values())
+
+
+def test_a_refused_swap_is_not_tried_again() -> None:
+    sites, start, quadratic = problem()
+    calls = itertools.count()
+
+    def rising(orders: Orders) -> tuple[float, dict[str, Tensor]]:
+        return float(next(calls)), quadratic(orders)[1]
+
+    polish(sites, start, rising, n=2, m=4, num_steps=30)
+    tried = [torch.cat(list(orders.values())) for orders in quadratic.asked[1:]]
+    singles = [tuple(order.tolist()) for order in tried if (order != torch.cat(list(start.values()))).sum() == 2]
+    assert len(singles) > 10
+    assert len(set(singles)) == len(singles)

@@ -1,6 +1,6 @@
 """Local search on the loss itself: swaps of channels at all sites, proposed by its gradient, kept if it falls."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from permlab.sparsity.mask import keep_best
 
 Values = dict[str, Float[Tensor, "k r"]]
 Orders = dict[str, Int64[Tensor, " k"]]
+Swap = tuple[str, int, int]  # site, lower slot, higher slot
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def polish(
     Every step draws pairs of slots from different blocks of m, predicts from the loss's gradient
     what the change of the two masks would do to the loss, and makes the most promising swaps
     together, no block being touched twice. The set grows by half while it is accepted and
-    shrinks to a third when it is not.
+    shrinks to a third when it is not. A single swap that was turned down is not tried again
+    before the orders have changed.
 
     Args:
         sites: by name.
@@ -62,8 +64,10 @@ def polish(
     orders = {name: order.clone() for name, order in orders.items()}
     loss, gradient = loss_and_gradient(orders)
     losses, size = [loss], 16.0
+    refused: set[Swap] = set()
     for _ in range(num_steps):
-        chosen = _choose(_propose(sites, orders, gradient, n, m, num_proposals, generator), m, max(1, round(size)))
+        proposals = _propose(sites, orders, gradient, n, m, num_proposals, generator)
+        chosen = _choose((swap for _, swap in proposals if swap not in refused), m, max(1, round(size)))
         if not chosen:
             break
         trial = {name: order.clone() for name, order in orders.items()}
@@ -72,8 +76,10 @@ def polish(
         new_loss, new_gradient = loss_and_gradient(trial)
         if new_loss < loss:
             orders, loss, gradient, size = trial, new_loss, new_gradient, 1.5 * len(chosen)
+            refused.clear()
         else:
             size = len(chosen) / 3
+            refused.update(chosen if len(chosen) == 1 else ())
         losses.append(loss)
     return orders, losses
 
@@ -86,9 +92,9 @@ def _propose(
     m: int,
     num_proposals: int,
     generator: torch.Generator,
-) -> list[tuple[float, str, int, int]]:
-    """Predicted change of the loss, site and two slots, of the swaps that are predicted to lower it."""
-    proposals = []
+) -> list[tuple[float, Swap]]:
+    """Predicted change of the loss and the swap, for those that are predicted to lower it, best first."""
+    proposals: list[tuple[float, Swap]] = []
     for name, site in sites.items():
         first, second = _draw_pairs(len(site.weights), site.num_groups, m, num_proposals, generator)
         if len(first) == 0:
@@ -98,8 +104,9 @@ def _propose(
             site.scores[order], (gradient[name] * site.weights)[order], first.to(order), second.to(order), n=n, m=m
         )
         best = gain.cpu().argsort()[:64]
+        slots = torch.stack([first, second]).sort(dim=0).values
         kept = [index for index in best.tolist() if gain[index] < 0]
-        proposals += [(float(gain[index]), name, int(first[index]), int(second[index])) for index in kept]
+        proposals += [(float(gain[index]), (name, *slots[:, index].tolist())) for index in kept]
     return sorted(proposals)
 
 
@@ -141,11 +148,11 @@ def predicted_change(
     return change
 
 
-def _choose(proposals: list[tuple[float, str, int, int]], m: int, count: int) -> list[tuple[str, int, int]]:
-    """The most promising swaps, no block of which is touched twice."""
+def _choose(proposals: Iterable[Swap], m: int, count: int) -> list[Swap]:
+    """The first swaps that touch no block twice."""
     touched: set[tuple[str, int]] = set()
-    chosen: list[tuple[str, int, int]] = []
-    for _, name, first, second in proposals:
+    chosen: list[Swap] = []
+    for name, first, second in proposals:
         blocks = {(name, first // m), (name, second // m)}
         if touched & blocks:
             continue
