@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from numba import njit
 
-from permlab.ops import selective_scan_kernel as module
-from permlab.ops.selective_scan_kernel import exp2, sigmoid, softplus
+from permlab.ops import kernel as module
+from permlab.ops.kernel import exp2
+from permlab.ops.selective_scan_kernel import sigmoid, softplus
 
 
 @njit
@@ -46,4 +47,4 @@ def test_compilation_does_without_a_cache_where_none_can_be_written(monkeypatch:
         return lambda function: (function, signature, options["nogil"])
 
     monkeypatch.setattr(module, "njit", without_cache)
-    assert module._compile(functions, "signature") == (functions, "signature", True)
+    assert module.compile_kernel(functions, "signature") == (functions, "signature", True)

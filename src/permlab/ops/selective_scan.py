@@ -1,10 +1,7 @@
 r"""The selective scan of Mamba: a diagonal linear recurrence whose coefficients depend on the token."""
 
-import itertools
 import math
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any
 
@@ -14,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from permlab.ops.threads import is_traced, run_tasks
 
 BACKENDS = ("auto", "numba", "torch", "cuda")
 
@@ -117,11 +116,6 @@ def _choose(backend: str, tensors: Sequence[Tensor]) -> str:
     return next((name for name, refusal in refusals.items() if refusal(tensors) is None), "torch")
 
 
-def _is_traced() -> bool:
-    """Whether torch.compile or torch.func is at work: their tensors have no memory to point a kernel at."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
 # numba
 
 
@@ -129,7 +123,7 @@ def _numba_refusal(tensors: Sequence[Tensor]) -> str | None:
     """Why the compiled kernel cannot read these tensors; None if it can."""
     if tensors[0].device.type != "cpu":
         return f"it reads tensors on a CPU, got {tensors[0].device}"
-    if _is_traced() or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
+    if is_traced() or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
         return "it cannot be traced or transformed"
     return None
 
@@ -180,7 +174,7 @@ def _forward_numba(inputs: Sequence[Tensor], softplus: bool, *, keep: bool) -> t
     y = np.empty_like(u)
     checkpoints = np.empty((b, num_groups, num_checkpoints, num_states, lanes), u.dtype)
     forward, _ = compiled(u.dtype)
-    _run_tasks(forward, b * num_groups, u.size * num_states, *arrays, softplus, y, checkpoints, size)
+    run_tasks(forward, b * num_groups, u.size * num_states, *arrays, softplus, y, checkpoints, size)
     return torch.from_numpy(y), torch.from_numpy(checkpoints)
 
 
@@ -199,7 +193,7 @@ def _backward_numba(inputs: Sequence[Tensor], softplus: bool, checkpoints: Tenso
     results = (grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias)
     given = (*arrays, softplus, checkpoints.numpy(), _chunk_size(num_tokens, num_states), grad.numpy())
     _, backward = compiled(u.dtype)
-    _run_tasks(backward, b * num_groups, u.size * num_states, *given, *results)
+    run_tasks(backward, b * num_groups, u.size * num_states, *given, *results)
     sum_A = grad_A.sum(0).swapaxes(0, 1).reshape(num_states, -1)[:, :num_channels].T
     sum_D, sum_bias = (part.sum(0).reshape(-1)[:num_channels] for part in (grad_D, grad_bias))
     gradients = (grad_u, grad_delta, sum_A, grad_B.sum(1), grad_C.sum(1), sum_D, grad_z, sum_bias)
@@ -209,38 +203,6 @@ def _backward_numba(inputs: Sequence[Tensor], softplus: bool, checkpoints: Tenso
 def _chunk_size(num_tokens: int, num_states: int) -> int:
     """Tokens between checkpoints: at most sqrt(l) of these, together about as large as one input or smaller."""
     return min(num_tokens, max(16, num_states, math.isqrt(num_tokens)))
-
-
-def _run_tasks(kernel: Callable[..., None], num_tasks: int, work: int, *arguments: object) -> None:
-    """Run a kernel over all its tasks in as many threads as torch uses; fewer where there is little to do.
-
-    The kernel releases the interpreter's lock, so plain threads do; unlike numba's own pools they
-    survive a fork and may be entered from several threads at once.
-    """
-    num_threads = min(torch.get_num_threads(), num_tasks, 1 + work // 2**17)
-    if num_threads <= 1:
-        kernel(0, num_tasks, *arguments)
-        return
-    # More pieces than threads, so that one thread that is held up does not hold up the rest.
-    num_pieces = min(num_tasks, 8 * num_threads)
-    bounds = [num_tasks * piece // num_pieces for piece in range(num_pieces + 1)]
-    pieces = iter(list(itertools.pairwise(bounds)))
-
-    def take_pieces() -> None:
-        for first, last in pieces:
-            kernel(first, last, *arguments)
-
-    pool = _thread_pool(num_threads - 1, os.getpid())
-    others = [pool.submit(take_pieces) for _ in range(num_threads - 1)]
-    take_pieces()
-    for other in others:
-        other.result()
-
-
-@cache
-def _thread_pool(num_threads: int, pid: int) -> ThreadPoolExecutor:
-    """The threads besides the caller's, started when needed; the process id makes a forked child start its own."""
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="selective_scan")
 
 
 # torch
@@ -264,7 +226,7 @@ def _scan_torch(
         delta = F.softplus(delta)
     size = max(1, math.isqrt(u.shape[-1]))
     state = u.new_zeros(u.shape[0], *A.shape)
-    recompute = torch.is_grad_enabled() and not _is_traced()
+    recompute = torch.is_grad_enabled() and not is_traced()
     outputs = []
     for chunk in zip(*(tensor.split(size, dim=-1) for tensor in (u, delta, B, C)), strict=True):
         if recompute:
@@ -306,7 +268,7 @@ def _cuda_refusal(tensors: Sequence[Tensor]) -> str | None:
         return f"it reads tensors on a CUDA device, got {u.device}"
     if u.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it has no {u.dtype}"
-    if _is_traced():
+    if is_traced():
         return "it cannot be traced or transformed"
     return _probe(u.device)
 

@@ -17,29 +17,15 @@ Nothing here is checked: shapes and types are the caller's duty.
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import numpy as np
-from numba import boolean, from_dtype, int64, njit, types, void
+from numba import boolean, from_dtype, int64, types, void
 from numba.extending import overload
 
-_LOG2_E = math.log2(math.e)
-
-# Reassociation lets sums over lanes be vectorised; NaN and infinity keep their meaning.
-_OPTIONS: dict[str, Any] = {
-    "fastmath": {"contract", "reassoc", "nsz"},
-    "error_model": "numpy",
-    "no_cfunc_wrapper": True,
-}
-_piece = njit(**_OPTIONS | {"no_cpython_wrapper": True})
-
+from permlab.ops.kernel import LOG2_E, compile_kernel, exp2, piece
 
 # Elementary functions: the ones of the C library do not vectorise.
-
-
-def exp2(x):
-    """2^x, in compiled code only."""
-    raise NotImplementedError("exp2 can be called from compiled code only")
 
 
 def sigmoid(x):
@@ -53,34 +39,8 @@ def softplus(x):
 
 
 @no_type_check
-def _make_exp2(real, integer, mantissa, degree):
-    """Right to about one unit in the last place.
-
-    x = n + r with |r| <= 1/2. Adding `magic` puts n into the low bits of the mantissa, from where
-    a shift moves it into the exponent; 2^r is a Taylor polynomial. At the bounds r = 0 and the
-    bits come out as exactly 0 and infinity.
-    """
-    coefficients = np.array([math.log(2) ** k / math.factorial(k) for k in range(degree, -1, -1)], real)
-    num_coefficients = degree + 1
-    magic, shift = real(1.5 * 2**mantissa), integer(mantissa)
-    lowest, highest = real(np.finfo(real).minexp - 1), real(np.finfo(real).maxexp)
-
-    def compiled(x):
-        x = lowest if x < lowest else x
-        x = highest if x > highest else x
-        rounded = x + magic
-        r = x - (rounded - magic)
-        p = coefficients[0]
-        for k in range(1, num_coefficients):
-            p = p * r + coefficients[k]
-        return integer(real(p).view(integer) + (real(rounded).view(integer) << shift)).view(real)
-
-    return compiled
-
-
-@no_type_check
 def _make_sigmoid(real):
-    one, slope = real(1), real(-_LOG2_E)
+    one, slope = real(1), real(-LOG2_E)
 
     def compiled(x):
         return one / (one + exp2(x * slope))
@@ -92,7 +52,7 @@ def _make_sigmoid(real):
 def _make_softplus(real, num_terms):
     """max(x, 0) + log(1 + w) with w = e^-|x|, the logarithm as 2 artanh(w / (2 + w)); w / (2 + w) <= 1/3."""
     coefficients = np.array([1 / (2 * k + 1) for k in range(num_terms - 1, -1, -1)], real)
-    zero, two, slope = real(0), real(2), real(_LOG2_E)
+    zero, two, slope = real(0), real(2), real(LOG2_E)
 
     def compiled(x):
         w = exp2((x if x < zero else -x) * slope)
@@ -106,21 +66,11 @@ def _make_softplus(real, num_terms):
     return compiled
 
 
-_EXP2 = {
-    types.float32: _make_exp2(np.float32, np.int32, mantissa=23, degree=7),
-    types.float64: _make_exp2(np.float64, np.int64, mantissa=52, degree=13),
-}
 _SIGMOID = {types.float32: _make_sigmoid(np.float32), types.float64: _make_sigmoid(np.float64)}
 _SOFTPLUS = {types.float32: _make_softplus(np.float32, 8), types.float64: _make_softplus(np.float64, 17)}
 
 
-# No reassociation in these: it would cancel `magic`.
-@overload(exp2, jit_options={"fastmath": {"contract"}})
-@no_type_check
-def _exp2(x):
-    return _EXP2[x]
-
-
+# No reassociation in these: it would cancel the rounding of exp2.
 @overload(sigmoid, jit_options={"fastmath": {"contract"}})
 @no_type_check
 def _sigmoid(x):
@@ -136,7 +86,7 @@ def _softplus(x):
 # Tiles
 
 
-@_piece
+@piece
 @no_type_check
 def _load(tile, array, i, channel, start, size):
     """tile[t, k] = array[i, channel + k, start + t]; the inner loop runs along the denser axis."""
@@ -155,7 +105,7 @@ def _load(tile, array, i, channel, start, size):
             tile[t, k] = 0
 
 
-@_piece
+@piece
 @no_type_check
 def _store(array, tile, i, channel, start, size):
     """array[i, channel + k, start + t] = tile[t, k]."""
@@ -171,7 +121,7 @@ def _store(array, tile, i, channel, start, size):
                 array[i, channel + k, start + t] = tile[t, k]
 
 
-@_piece
+@piece
 @no_type_check
 def _copy(target, source):
     for s in range(source.shape[0]):
@@ -179,18 +129,18 @@ def _copy(target, source):
             target[s, k] = source[s, k]
 
 
-@_piece
+@piece
 @no_type_check
 def _load_rate(rate, A, channel):
     """rate[s, k] = A[channel + k, s] log2(e), so that decays are powers of two."""
-    scale = rate.dtype.type(_LOG2_E)
+    scale = rate.dtype.type(LOG2_E)
     rate[:] = 0
     for k in range(min(rate.shape[1], A.shape[0] - channel)):
         for s in range(A.shape[1]):
             rate[s, k] = A[channel + k, s] * scale
 
 
-@_piece
+@piece
 @no_type_check
 def _load_row(row, vector, channel):
     row[:] = 0
@@ -201,7 +151,7 @@ def _load_row(row, vector, channel):
 # Pieces of the forward pass
 
 
-@_piece
+@piece
 @no_type_check
 def _step_sizes(delta, push, u, bias, has_softplus, size):
     """Turn delta as given into step sizes, and set push = delta * u."""
@@ -217,7 +167,7 @@ def _step_sizes(delta, push, u, bias, has_softplus, size):
             push[t, k] = delta[t, k] * u[t, k]
 
 
-@_piece
+@piece
 @no_type_check
 def _gate(y, z, size):
     """y *= silu(z)."""
@@ -273,7 +223,7 @@ def _forward(first, last, u, delta, A, B, C, D, z, bias, has_softplus, y, checkp
 # Pieces of the backward pass
 
 
-@_piece
+@piece
 @no_type_check
 def _slopes(slope, delta, bias, has_softplus, size):
     """Derivative of the step sizes by delta as given."""
@@ -286,7 +236,7 @@ def _slopes(slope, delta, bias, has_softplus, size):
             slope[t] = 1
 
 
-@_piece
+@piece
 @no_type_check
 def _replay(delta, push, rate, B, i, start, size, states, decays):
     """Recompute a chunk from its checkpoint in states[0]: states[t + 1] = h_t, decays[t] = exp(delta_t A)."""
@@ -300,7 +250,7 @@ def _replay(delta, push, rate, B, i, start, size, states, decays):
                 states[t + 1, s, k] = decay * states[t, s, k] + push[t, k] * b
 
 
-@_piece
+@piece
 @no_type_check
 def _ungate(grad_y, z, grad_z, u, D, C, i, start, size, states):
     """From the gradient of y * silu(z) to those of y (in place) and of z."""
@@ -318,7 +268,7 @@ def _ungate(grad_y, z, grad_z, u, D, C, i, start, size, states):
             grad_y[t, k] *= z[t, k] * gate
 
 
-@_piece
+@piece
 @no_type_check
 def _retreat(
     delta, push, rate, B, C, i, start, size, states, decays, grad_y, grad_state, grad_rate, by_exponent, by_push,
@@ -349,7 +299,7 @@ def _retreat(
             grad_C[s, start + t] = sum_c
 
 
-@_piece
+@piece
 @no_type_check
 def _finish(u, delta, D, slope, grad_y, by_exponent, by_push, grad_D, grad_bias, size):
     """Turn `by_push` into the gradient of u and `by_exponent` into that of delta as given; add to D's and the bias'."""
@@ -424,13 +374,4 @@ def compiled(dtype: np.dtype) -> tuple[Callable[..., None], Callable[..., None]]
     gradients = (tensor, tensor, parts, parts, parts, rows, tensor, rows)
     forward = void(*inputs, tensor, checkpoints, int64)
     backward = void(*inputs, checkpoints, int64, tensor, *gradients)
-    return _compile(_forward, forward), _compile(_backward, backward)
-
-
-@no_type_check
-def _compile(function, signature):
-    """Compile now, or load the machine code of an earlier process where some cache directory can be written."""
-    try:
-        return njit(signature, cache=True, nogil=True, **_OPTIONS)(function)
-    except (RuntimeError, OSError):
-        return njit(signature, nogil=True, **_OPTIONS)(function)
+    return compile_kernel(_forward, forward), compile_kernel(_backward, backward)

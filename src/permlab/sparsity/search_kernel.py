@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, no_type_check
 import numpy as np
 from numba import boolean, float32, float64, int16, int64, njit, void
 
+from permlab.ops.kernel import compile_kernel
+
 # Reassociation lets sums over rows be vectorised; scores are finite.
 _OPTIONS: dict[str, Any] = {
     "fastmath": {"contract", "reassoc", "nsz", "nnan"},
@@ -235,9 +237,9 @@ def retention_kernels() -> Kernels:
     """What searches on the retained score need; compiled at the first call."""
     wide, single, sums, indices = float32[:, ::1], float64[:, ::1], float64[::1], int64[::1]
     return Kernels(
-        refresh=_compile(_refresh, void(wide, indices, indices, int64, int64, wide, wide, sums)),
-        raise_bars=_compile(_raise_bars, void(wide, indices, indices, wide, wide, wide, sums)),
-        tabulate=_compile(_tabulate, void(wide, indices, wide, single)),
+        refresh=compile_kernel(_refresh, void(wide, indices, indices, int64, int64, wide, wide, sums), _OPTIONS),
+        raise_bars=compile_kernel(_raise_bars, void(wide, indices, indices, wide, wide, wide, sums), _OPTIONS),
+        tabulate=compile_kernel(_tabulate, void(wide, indices, wide, single), _OPTIONS),
     )
 
 
@@ -250,13 +252,4 @@ def reconstruction_kernels() -> tuple[Callable[..., None], Callable[..., float]]
         int64, int64, int64[:, ::1], float64, table, table, mask, indices, int64, indices, float64[:, :, ::1], table,
         slots, slots,
     )  # fmt: skip
-    return _compile(_boundaries, boundaries), _compile(_descend, descend)
-
-
-@no_type_check
-def _compile(function, signature):
-    """Compile now, or load the machine code of an earlier process where some cache directory can be written."""
-    try:
-        return njit(signature, cache=True, nogil=True, **_OPTIONS)(function)
-    except (RuntimeError, OSError):
-        return njit(signature, nogil=True, **_OPTIONS)(function)
+    return compile_kernel(_boundaries, boundaries, _OPTIONS), compile_kernel(_descend, descend, _OPTIONS)
