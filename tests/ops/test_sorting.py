@@ -5,11 +5,19 @@ import math
 import pytest
 import torch
 
+from permlab.ops import sorting as module
 from permlab.ops.sorting import neural_sort, soft_sort
 from permlab.permutation import order_to_matrix
 
 INF = float("inf")
 SORTS = {"soft_sort": soft_sort, "neural_sort": neural_sort}
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def implementation(request, monkeypatch):
+    """Every test runs with both."""
+    if request.param == "torch":
+        monkeypatch.setattr(module, "is_readable", lambda tensor: False)
 
 
 def softmax(logits):
@@ -149,3 +157,21 @@ def test_neural_sort_ranks_at_every_temperature():
     expected = scores.argsort(-1, descending=True)
     for temperature in (0.01, 1.0, 100.0):
         assert torch.equal(neural_sort(scores, temperature=temperature).argmax(-1), expected)
+
+
+@pytest.mark.parametrize("n", [1, 7, 40])
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_both_implementations_agree_on_gradients(monkeypatch, n, power):
+    scores, weight = torch.randn(2, 3, n, dtype=torch.float64), torch.randn(2, 3, n, n, dtype=torch.float64)
+    scores = scores.movedim(0, 1).movedim(1, 0).requires_grad_()
+    sorts = [lambda s: soft_sort(s, temperature=0.3, power=power), lambda s: neural_sort(s, temperature=3.0)]
+    ours = [torch.autograd.grad(sort(scores), scores, weight)[0] for sort in sorts]
+    monkeypatch.setattr(module, "is_readable", lambda tensor: False)
+    theirs = [torch.autograd.grad(sort(scores), scores, weight)[0] for sort in sorts]
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_neural_sort_in_float32_is_right_where_its_logits_are_large():
+    scores = torch.randn(2, 512)
+    exact = neural_sort(scores.double(), temperature=0.1)
+    assert (neural_sort(scores, temperature=0.1) - exact).abs().max() < 1e-5 or not module.is_readable(scores)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from permlab.ops.schedule import check_temperature
-from permlab.ops.threads import is_traced, run_tasks
+from permlab.ops.threads import is_readable, run_tasks
 
 
 def sinkhorn(log_scores: Float[Tensor, "*b n n"], *, temperature: float, num_iters: int) -> Float[Tensor, "*b n n"]:
@@ -57,7 +57,7 @@ def sinkhorn(log_scores: Float[Tensor, "*b n n"], *, temperature: float, num_ite
     if num_iters < 1:
         raise ValueError(f"num_iters={num_iters} is below 1")
     wide = log_scores.to(torch.promote_types(log_scores.dtype, torch.float32))
-    if wide.device.type == "cpu" and not is_traced() and type(wide) in (Tensor, torch.nn.Parameter):
+    if is_readable(wide):
         return _CompiledSinkhorn.apply(wide, temperature, num_iters).to(log_scores.dtype)
     return _Sinkhorn.apply(wide / temperature, num_iters).to(log_scores.dtype)
 

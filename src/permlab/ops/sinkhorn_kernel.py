@@ -29,6 +29,22 @@ FAR = 1e13
 _LEAST = 1e-37  # smaller results are zero: denormal numbers are slow
 
 
+@piece
+@no_type_check
+def _greatest(values, lanes):
+    """Maximum; `lanes` is scratch of 16, for a running maximum of all values would not be vectorised."""
+    n = values.size
+    if n < 16:
+        return values.max()
+    lanes[:] = values[:16]
+    for start in range(16, n - 15, 16):
+        for lane in range(16):
+            lanes[lane] = max(lanes[lane], values[start + lane])
+    for lane in range(16):
+        lanes[lane] = max(lanes[lane], values[n - 16 + lane])
+    return lanes.max()
+
+
 # Exact half-sweeps
 
 
@@ -38,12 +54,11 @@ def _row_potentials(scores, scale, columns, rows):
     """rows[i] = -log2 sum_j 2^(scale scores[i, j] + columns[j])."""
     n = scores.shape[0]
     shifted = np.empty(n, np.float64)
-    small = np.empty(n, scores.dtype)
+    small, lanes = np.empty(n, scores.dtype), np.empty(16, np.float64)
     for i in range(n):
-        most = -np.inf
         for j in range(n):
             shifted[j] = scores[i, j] * scale + columns[j]
-            most = max(most, shifted[j])
+        most = _greatest(shifted, lanes)
         total = scores.dtype.type(0)
         for j in range(n):
             small[j] = shifted[j] - most
@@ -95,11 +110,9 @@ def _start(scores, scale, rows, matrix):
     n = scores.shape[0]
     real = scores.dtype.type
     most = np.full(n, -np.inf, scores.dtype)
-    factor = real(scale)
+    factor, lanes = real(scale), np.empty(16, scores.dtype)
     for i in range(n):
-        greatest = real(-np.inf)
-        for j in range(n):
-            greatest = max(greatest, scores[i, j])
+        greatest = _greatest(scores[i], lanes)
         if not abs(greatest) < np.inf:
             return False
         rows[i] = -greatest * scale

@@ -7,6 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
+from torch import Tensor, nn
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether a compiled kernel can read this tensor: it lies in the memory of the CPU and is nobody's stand-in."""
+    return tensor.device.type == "cpu" and not is_traced() and type(tensor) in (Tensor, nn.Parameter)
 
 
 def is_traced() -> bool:
