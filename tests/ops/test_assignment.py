@@ -2,8 +2,10 @@
 
 from itertools import permutations
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 
 from permlab.ops.assignment import assign
 from permlab.permutation import check_order, order_to_matrix
@@ -28,6 +30,36 @@ def test_as_good_as_the_best_of_all_permutations(n, batch):
     assert orders.shape == (*batch, n)
     for table, order in zip(scores.reshape(-1, n, n).tolist(), orders.reshape(-1, n).tolist(), strict=True):
         assert total(table, order) == pytest.approx(best_total(table))
+
+
+def costs(kind, n, generator):
+    table = torch.randn(20, n, n, dtype=torch.float64, generator=generator)
+    if kind == "ties":
+        return table.round()
+    if kind == "forbidden":
+        return table.masked_fill(torch.rand(table.shape, generator=generator) < 0.5, -INF)
+    if kind == "heavy":
+        return table.abs() ** 20
+    if kind == "rank one":
+        return table[:, :1] * table[:, :, :1]
+    return table
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "forbidden", "heavy", "rank one"])
+@pytest.mark.parametrize("n", [1, 2, 7, 16, 17, 50])
+def test_as_good_as_scipy(kind, n):
+    for table in costs(kind, n, torch.Generator().manual_seed(n)):
+        try:
+            rows, columns = linear_sum_assignment(table.numpy(), maximize=True)
+        except ValueError:
+            with pytest.raises(ValueError, match="leave no permutation"):
+                assign(table)
+            continue
+        order = assign(table)
+        check_order(order)
+        found = table[torch.arange(n), order].sum().item()
+        scale = table[table.isfinite()].abs().max().item()
+        np.testing.assert_allclose(found, table.numpy()[rows, columns].sum(), rtol=1e-9, atol=1e-9 * scale)
 
 
 def test_recovers_the_order_of_a_permutation_matrix():

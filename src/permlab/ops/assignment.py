@@ -1,10 +1,13 @@
 """Assignment of items to slots with the largest total score."""
 
+import math
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+
+from permlab.ops.threads import run_tasks
 
 
 @torch.no_grad()
@@ -23,10 +26,11 @@ def assign(scores: Float[Tensor, "*b n n"]) -> Int64[Tensor, "*b n"]:
     Raises:
         ValueError: if the scores are not floating point or not square, if one is NaN or +inf,
             or if the forbidden pairs leave no permutation.
-    Source: Crouse 2016, On implementing 2D rectangular assignment algorithms, through
-        scipy.optimize.linear_sum_assignment.
-    Differs from source: Nothing.
-    Cost: O(n^3) at worst for each matrix, in float64 on the CPU, one after the other.
+    Source: Jonker and Volgenant 1987, A shortest augmenting path algorithm for dense and sparse
+        linear assignment problems.
+    Differs from source: one pass of row reduction and no column reduction, which costs time
+        where many costs are nearly equal.
+    Cost: O(n^3) at worst for each matrix, in float64 on the CPU, matrices shared out among threads.
     Example:
         >>> assign(torch.tensor([[1.0, 3.0], [2.0, 3.5]]))
         tensor([1, 0])
@@ -39,10 +43,13 @@ def assign(scores: Float[Tensor, "*b n n"]) -> Int64[Tensor, "*b n"]:
     if not (table < np.inf).all():
         position = np.argwhere(~(table < np.inf))[0].tolist()
         raise ValueError(f"score {table[tuple(position)]} at {position} is neither finite nor -inf")
-    orders = np.empty(table.shape[:-1], dtype=np.int64)
-    for index in np.ndindex(table.shape[:-2]):
-        try:
-            orders[index] = linear_sum_assignment(table[index], maximize=True)[1]
-        except ValueError as error:
-            raise ValueError(f"the -inf scores of matrix {list(index)} leave no permutation") from error
-    return torch.from_numpy(orders).to(scores.device)
+    batch, n = table.shape[:-2], table.shape[-1]
+    from permlab.ops.assignment_kernel import compiled
+
+    costs = np.ascontiguousarray(-table).reshape(math.prod(batch), n, n)
+    orders, feasible = np.empty((len(costs), n), np.int64), np.empty(len(costs), np.int64)
+    run_tasks(compiled(), len(costs), 16 * costs.size, costs, orders, feasible)
+    if not feasible.all():
+        index = [int(i) for i in np.unravel_index(int(feasible.argmin()), batch)] if batch else []
+        raise ValueError(f"the -inf scores of matrix {index} leave no permutation")
+    return torch.from_numpy(orders).view(scores.shape[:-1]).to(scores.device)
