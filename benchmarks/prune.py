@@ -8,18 +8,13 @@ process's peak during the search over what it held before, the matrix included.
 """
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import os
-import platform
-import re
-import resource
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1")
@@ -28,7 +23,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from permlab import provenance
+from measure import facts, peak_mib, processor, reset_peak_mib
 from permlab.permutation import invert
 from permlab.sparsity.quality import efficacy, retained
 from permlab.sparsity.search import deal_and_match, swap_search
@@ -100,11 +95,11 @@ def measure(row: Row) -> Row:
     search = METHODS[row.method]
     search(torch.rand(8, 16), replace(row, budget_s=row.budget_s and 0.01))
     scores = matrix(row.matrix)
-    held = _reset_peak_mib()
+    held = reset_peak_mib()
     begin, cpu_begin = time.perf_counter(), time.process_time()
     order = search(scores, row)
     seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
-    peak_mib = _peak_mib() - held
+    risen_mib = peak_mib() - held
     invert(order)
     return replace(
         row,
@@ -112,7 +107,7 @@ def measure(row: Row) -> Row:
         efficacy=100 * efficacy(scores, order, n=N, m=M),
         seconds=seconds,
         cpu_seconds=cpu_seconds,
-        peak_mib=peak_mib,
+        peak_mib=risen_mib,
     )
 
 
@@ -181,25 +176,6 @@ METHODS: dict[str, Callable[[torch.Tensor, Row], torch.Tensor]] = {
 }
 
 
-# Memory
-
-
-def _reset_peak_mib() -> float:
-    """Forget the peak so far where the system allows it, and return the memory held from which the next is counted."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return _peak_mib()
-
-
-def _peak_mib() -> float:
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.is_file() else None
-    if found:
-        return int(found[1]) / 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 # Output
 
 
@@ -226,19 +202,10 @@ def _cell(value: float | None, style: str) -> str:
 
 def record(results: list[Row]) -> dict[str, object]:
     """What the JSON file holds: the rows, and what they were measured with."""
-    facts = provenance.collect(device=f"{_processor()}, 1 thread")
-    kept = ("git_sha", "git_dirty", "versions", "python", "platform", "device")
-    facts = {key: facts[key] for key in kept}
-    facts["versions"] = facts["versions"] | {"numba": metadata.version("numba")}
+    measured_with = facts(device=f"{processor()}, 1 thread", packages=("numba",))
     published = [dict(zip(("method", "retained", "efficacy", "seconds"), row, strict=True)) for row in PUBLISHED]
     source = {"source": "README of apex's permutation tests", "device": "NVIDIA V100 unless stated", "rows": published}
-    return {"pattern": f"{N}:{M}", **facts, "rows": [asdict(row) for row in results], "published": source}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.*)", info.read_text()) if info.is_file() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    return {"pattern": f"{N}:{M}", **measured_with, "rows": [asdict(row) for row in results], "published": source}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -258,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
         with context.Pool(1) as pool:
             results.append(pool.apply(measure, (row,)))
     print(text(results))
-    print(f"\n2:4, one core: {_processor()}. Published rows: apex's README, NVIDIA V100 unless stated.")
+    print(f"\n2:4, one core: {processor()}. Published rows: apex's README, NVIDIA V100 unless stated.")
     if options.json:
         options.json.write_text(json.dumps(record(results), indent=2) + "\n")
 

@@ -1,0 +1,254 @@
+"""What surrounds the operations: methods in a training step, the harness, start-up, ranks, one block of a 7B model.
+
+    python benchmarks/outer.py [methods harness startup ranks block] [--json PATH]
+
+Everything is measured here and now; ratios are medians over alternating runs. Parts that need a process of their own
+start one.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from measure import alternate, facts, median_ratio, processor
+from permlab.assembly import assemble
+from permlab.cli import main as command_line
+from permlab.cli import resolve
+from permlab.config import build, run_directory
+from permlab.data.module import DataModule
+from permlab.optim import build_optimizer
+
+ROOT = Path(__file__).resolve().parents[1]
+Result = dict[str, Any]
+
+
+# Methods
+
+
+def methods(batch_size: int = 4) -> Result:
+    """A training step of vit_b at 196 tokens under every kind of method, against a fixed order."""
+    steps = {name: _training_step(name, batch_size) for name in ("fixed", "sort_ste", "reorder", "sinkhorn")}
+    seconds = alternate(steps, budget_s=60)
+    limits = {"sort_ste": 1.03, "reorder": 1.03, "sinkhorn": 1.08}
+    result: Result = {"fixed": {"ms": 1e3 * statistics.median(seconds["fixed"])}}
+    for name, limit in limits.items():
+        ratio = median_ratio(seconds[name], seconds["fixed"])
+        result[name] = {"ms": 1e3 * statistics.median(seconds[name]), "ratio": ratio, "at most": limit}
+    return result
+
+
+def _training_step(method: str, batch_size: int) -> Callable[[], object]:
+    extra = ["method.num_samples=1"] if method == "reorder" else []
+    config, _ = resolve("train", ["model=vit_b", "data=imagenet", f"method={method}", *extra])
+    parts = assemble(config)
+    task = build("task", config["task"], parts.spec, parts.model, parts.method, config["optim"], 0)
+    task._is_log_step = lambda: False
+    optimizer, _ = build_optimizer(task.model, task.method, config["optim"], num_steps=100)
+    spec = parts.spec
+    images = torch.randn(batch_size, spec.channels, spec.height, spec.width)
+    labels = torch.randint(spec.num_classes, (batch_size,))
+    parts.method.train()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        task.training_step((images, labels), 0).backward()
+        optimizer.step()
+
+    return step
+
+
+# Harness
+
+
+def harness(num_steps: int = 400) -> Result:
+    """Seconds per step of `train.py model=vim_nano data=digits` over those of a bare loop with the same parts.
+
+    Lightning, metrics, the run's files, permutation logging and W&B (offline) are on; start and end of a run
+    drop out, as the seconds are those of two lengths, subtracted.
+    """
+    words = ["model=vim_nano", "data=digits", "method=fixed", "task.control=false", "num_threads=1"]
+    short, rounds = num_steps // 4, 5
+    torch.set_num_threads(1)
+    bare, ours = [], []
+    for _ in range(rounds):
+        bare.append(_bare_loop(words, num_steps) - _bare_loop(words, short))
+        ours.append(_fit_seconds(words, num_steps) - _fit_seconds(words, short))
+    per_step = [1e3 * statistics.median(seconds) / (num_steps - short) for seconds in (bare, ours)]
+    return {
+        "bare loop, ms": per_step[0],
+        "train.py, ms": per_step[1],
+        "ratio": median_ratio(ours, bare),
+        "at most": 1.05,
+    }
+
+
+def _bare_loop(words: list[str], num_steps: int) -> float:
+    """Seconds of a plain training loop over the same data with the same optimiser."""
+    config, _ = resolve("train", words)
+    parts = assemble(config)
+    data = DataModule(config["data"], 0)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    optimizer, scheduler = build_optimizer(parts.model, parts.method, config["optim"], num_steps=num_steps)
+    parameters = list(parts.model.parameters())
+    began, done = time.perf_counter(), 0
+    while done < num_steps:
+        for images, labels in loader:
+            loss = cross_entropy(parts.model.read(parts.model.embed(images)), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            scheduler.step()
+            done += 1
+            if done == num_steps:
+                break
+    return time.perf_counter() - began
+
+
+def _fit_seconds(words: list[str], num_steps: int) -> float:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        words = [
+            *words,
+            f"trainer.max_steps={num_steps}",
+            f"trainer.val_check_interval={num_steps}",
+            f"paths.runs={folder}",
+        ]
+        if command_line("train", words):
+            raise RuntimeError(f"train.py {' '.join(words)} failed")
+        summary = json.loads((run_directory(resolve("train", words)[0]) / "summary.json").read_text())
+    return summary["train/seconds"]
+
+
+# Start-up
+
+
+def startup() -> Result:
+    """Seconds of commands that train nothing, and of imports."""
+    result: Result = {}
+    with tempfile.TemporaryDirectory() as folder:
+        run = [f"paths.runs={folder}", "trainer.max_steps=1", "task.control=false", "logger.mode=disabled"]
+        _command("train.py", *run)
+        commands = {"--help": ["--help"], "a configuration error": ["model=vit_bb"], "a finished run found again": run}
+        for name, words in commands.items():
+            seconds = [_command("train.py", *words, check=False)[0] for _ in range(5)]
+            result[name] = {"seconds": statistics.median(seconds), "at most": 1.5}
+    code = (
+        "import time; a = time.perf_counter(); import torch, lightning, torchmetrics; b = time.perf_counter();"
+        "import permlab.run; print(b - a, time.perf_counter() - b)"
+    )
+    pairs = [[float(x) for x in _python("-c", code).split()] for _ in range(3)]
+    result["import torch, lightning"] = {"seconds": statistics.median(first for first, _ in pairs)}
+    result["import what is ours after these"] = {
+        "seconds": statistics.median(last for _, last in pairs),
+        "at most": 1.0,
+    }
+    return result
+
+
+def _command(script: str, *words: str, check: bool = True) -> tuple[float, str]:
+    began = time.perf_counter()
+    process = subprocess.run([sys.executable, ROOT / script, *words], capture_output=True, text=True, cwd=ROOT)
+    if check and process.returncode:
+        raise RuntimeError(f"{script} {' '.join(words)}: {process.stderr.strip()}")
+    return time.perf_counter() - began, process.stdout
+
+
+def _python(*words: str) -> str:
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+# Ranks
+
+
+def ranks(num_steps: int = 60) -> Result:
+    """Samples per second of two processes with one thread each over those of one process with one thread."""
+    words = [
+        "model=vim_nano",
+        "data=digits",
+        "method=fixed",
+        "task.control=false",
+        "num_threads=1",
+        "logger.mode=disabled",
+    ]
+    settings = {1: ["trainer.devices=1"], 2: ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]}
+    speed = {}
+    for count, more in settings.items():
+        seconds = []
+        for _ in range(3):
+            long, short = (_rank_seconds([*words, *more], steps) for steps in (num_steps, num_steps // 4))
+            seconds.append(long - short)
+        speed[count] = count * 128 * (num_steps - num_steps // 4) / statistics.median(seconds)
+    return {"samples/s, 1": speed[1], "samples/s, 2": speed[2], "ratio": speed[2] / speed[1], "at least": 1.6}
+
+
+def _rank_seconds(words: list[str], num_steps: int) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        last = [f"trainer.max_steps={num_steps}", f"trainer.val_check_interval={num_steps}", f"paths.runs={folder}"]
+        words = [*words, *last, "data.batch_size=128"]
+        _command("train.py", *words)
+        return json.loads((run_directory(resolve("train", words)[0]) / "summary.json").read_text())["train/seconds"]
+
+
+# One block of a 7B model
+
+
+def block(num_steps: int = 5) -> Result:
+    """Memory and time of pruning one block of LLaMA-2-7B's shape with learned orders, and of 32 of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [
+            "task=prune", "model=llama_2_7b", "model.depth=1", "data=pydocs", "method=sinkhorn_ste",
+            "task.dense_steps=1", "task.num_samples=8", f"trainer.max_steps={num_steps}", f"paths.runs={folder}",
+            "logger.mode=disabled", "data.batch_size=2",
+        ]  # fmt: skip
+        seconds, _ = _command("train.py", *words)
+        run_dir = run_directory(resolve("train", words)[0])
+        summary = json.loads((run_dir / "summary.json").read_text())
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    step = summary["train/seconds"] / num_steps
+    return {"seconds": seconds, "peak GiB": peak, "at most": 8.0, "seconds per step": step} | {
+        key: value for key, value in summary.items() if key.startswith("prune/")
+    }
+
+
+PARTS: dict[str, Callable[[], Result]] = {
+    "methods": methods, "harness": harness, "startup": startup, "ranks": ranks, "block": block
+}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to measure; everything by default")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results, with hardware and versions")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    results = {}
+    for name in options.parts or PARTS:
+        print(f"# {name}: {(PARTS[name].__doc__ or '').splitlines()[0]}", flush=True)
+        results[name] = PARTS[name]()
+        for key, value in results[name].items():
+            shown = value if isinstance(value, dict) else {"": value}
+            cells = (f"{label} {number:.4g}".strip() for label, number in shown.items())
+            print(f"  {key:<34} {', '.join(cells)}", flush=True)
+    if options.json:
+        record = facts(device=f"{processor()}, {os.cpu_count()} cores", packages=("numba",)) | {"parts": results}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
