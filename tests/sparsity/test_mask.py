@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from permlab.permutation import PermutationSample, order_to_matrix
-from permlab.sparsity.mask import hard_mask, keep_best, relaxed_mask, split_sample, straight_through_mask
+from permlab.sparsity.mask import hard_mask, keep_best, relaxed_mask, split_sample, straight_through_prune
 
 PATTERNS = [(1, 2), (2, 4), (4, 8), (1, 4), (3, 4), (5, 6)]
 
@@ -58,6 +58,13 @@ def permuted_there_and_back(order: Tensor, scores: Tensor, n: int, m: int) -> Te
     return mask
 
 
+def straight_through_mask(soft: Tensor, order: Tensor, scores: Tensor, **options: float) -> Tensor:
+    """The mask alone, by group: weights of one, and groups one after the other."""
+    flat = scores.flatten(0, 1)
+    base = torch.arange(len(flat))
+    return straight_through_prune(torch.ones_like(flat), flat, soft, order, base, **options).view(scores.shape)
+
+
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 def test_the_forward_pass_is_permute_mask_and_permute_back(n: int, m: int) -> None:
     scores, order = torch.rand(3, 2 * m, 5).double(), random_orders(3, 2 * m)
@@ -96,6 +103,21 @@ def test_the_gradient_is_that_of_the_dense_estimator(n: int, m: int, temperature
     found, expected = (torch.autograd.grad((cost * mask + mask**3 * cost**2).sum(), soft)[0] for mask in (ours, theirs))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     assert found.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("part", [1, 40, 2**22])
+def test_weights_and_a_base_order_in_parts_of_rows(monkeypatch: pytest.MonkeyPatch, part: int) -> None:
+    monkeypatch.setattr("permlab.sparsity.mask._PART", part)
+    weights, scores = torch.randn(12, 7).double(), torch.rand(12, 7).double()
+    base, order = torch.randperm(12), random_orders(3, 4)
+    soft = torch.rand(3, 4, 4).double().softmax(-1).requires_grad_()
+    cost = torch.randn(12, 7).double()
+    ours = straight_through_prune(weights, scores, soft, order, base, n=2, m=4, mask_temperature=0.8)
+    mask = dense_straight_through(soft, order, scores[base].view(3, 4, 7), 2, 4, 0.8).flatten(0, 1)
+    theirs = weights * mask[base.argsort()]
+    torch.testing.assert_close(ours, theirs.detach())
+    found, expected = (torch.autograd.grad((cost * pruned**2).sum(), soft)[0] for pruned in (ours, theirs))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)

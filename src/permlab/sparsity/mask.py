@@ -1,5 +1,7 @@
 """N:M masks in a permuted channel order, mapped back to the original one, with a gradient for the permutation."""
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -26,16 +28,18 @@ def keep_best(slots: Float[Tensor, "*b k r"], *, n: int, m: int) -> Bool[Tensor,
     return (beaten < n).view(slots.shape)
 
 
-def straight_through_mask(
-    soft: Float[Tensor, "g k k"],
-    order: Int64[Tensor, "g k"],
-    scores: Float[Tensor, "g k r"],
+def straight_through_prune(
+    weights: Float[Tensor, "k r"],
+    scores: Float[Tensor, "k r"],
+    soft: Float[Tensor, "g s s"],
+    order: Int64[Tensor, "g s"],
+    base: Int64[Tensor, " k"],
     *,
     n: int,
     m: int,
     mask_temperature: float,
-) -> Float[Tensor, "g k r"]:
-    """Hard N:M mask of a hard order, in original channel order, with gradients for the soft matrix.
+) -> Float[Tensor, "k r"]:
+    """Weights under the hard N:M mask of a hard order, with gradients for the soft matrix.
 
     Forward: channels are brought into the order, the best n of every m are kept, and the mask is
     mapped back. Backward: the permutation on both ways is taken for the soft matrix, and the
@@ -43,49 +47,69 @@ def straight_through_mask(
     their mean.
 
     Shapes:
-        g: groups of channels.  k: channels of a group, before and after.  r: rows of the weights.
+        k: channels.  r: rows of the weights.  g: groups.  s: channels of a group, k / g.
     Args:
+        weights: what is pruned, channels in original order; receives no gradient.
+        scores: importance, not negative, likewise.
         soft: relaxation of the permutation of each group; receives the gradient.
         order: the hard permutation of each group, counted within it.
-        scores: importance, not negative, channels in original order; receives no gradient.
+        base: the order that groups and their permutations start from.
         n, m: n kept of every m.
         mask_temperature: of the softmax, in units of the mean score.
     Returns:
-        0/1 mask in the dtype of the scores.
+        The weights with zeros, channels in original order.
     Source: Zou et al. 2025, arXiv:2510.10136 (PermLLM), straight-through on permutation and mask.
     Differs from source: the softmax is taken of scores over their mean, not of raw scores, whose
         scale depends on the layer; no dense matrix over all groups is made.
-    Cost: O(k r) forward, O(k^2 r) backward, for each group.
+    Cost: O(k r) forward, O(k s r) backward. Beside the result one byte per weight is kept, and rows
+        are worked off in parts, so a wide layer takes little more than itself.
     """
-    return _StraightThroughMask.apply(soft, order, scores, n, m, mask_temperature)
+    return _StraightThroughPrune.apply(soft, order, base, weights, scores, n, m, mask_temperature)
 
 
-class _StraightThroughMask(torch.autograd.Function):
+# Entries of the weights that are worked on at a time.
+_PART = 2**22
+
+
+class _StraightThroughPrune(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, soft, order, scores, n, m, mask_temperature):  # type: ignore[override]
-        index = order.unsqueeze(-1).expand_as(scores)
-        slots = scores.gather(-2, index)
-        keep = keep_best(slots, n=n, m=m).to(scores.dtype)
-        ctx.save_for_backward(order, scores, keep)
-        ctx.m, ctx.scale, ctx.soft_dtype = m, float(mask_temperature), soft.dtype
-        return torch.empty_like(keep).scatter_(-2, index, keep)
+    def forward(ctx, soft, order, base, weights, scores, n, m, mask_temperature):  # type: ignore[override]
+        channels = base.view(order.shape).gather(-1, order).flatten()  # the channel of every slot
+        pruned, keep = torch.empty_like(weights), torch.empty(weights.shape, dtype=torch.bool, device=weights.device)
+        for rows in _parts(weights):
+            keep[:, rows] = keep_best(scores[:, rows][channels], n=n, m=m)
+            pruned[:, rows] = weights[:, rows] * torch.empty_like(keep[:, rows]).index_copy_(0, channels, keep[:, rows])
+        ctx.save_for_backward(channels, base, weights, scores, keep)
+        ctx.m, ctx.scale, ctx.soft_shape, ctx.soft_dtype = m, float(mask_temperature), soft.shape, soft.dtype
+        return pruned
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
-        order, scores, keep = ctx.saved_tensors
-        index = order.unsqueeze(-1).expand_as(scores)
-        grad_keep = grad.gather(-2, index)
-        grad_slots = _through_softmax(scores.gather(-2, index), grad_keep, ctx.m, ctx.scale)
-        grad_soft = keep @ grad.mT + grad_slots @ scores.mT
-        return grad_soft.to(ctx.soft_dtype), None, None, None, None, None
+        channels, base, weights, scores, keep = ctx.saved_tensors
+        num_groups, size = ctx.soft_shape[:2]
+        unit = ctx.scale * scores.mean().clamp_min(torch.finfo(scores.dtype).tiny)
+        grad_soft = scores.new_zeros(ctx.soft_shape)
+        for rows in _parts(weights):
+            grad_mask, part = grad[:, rows] * weights[:, rows], scores[:, rows]
+            grad_slots = _through_softmax(part[channels], grad_mask[channels], ctx.m, unit)
+            ways = ((keep[:, rows].to(scores.dtype), grad_mask[base]), (grad_slots, part[base]))
+            for left, right in ways:
+                left, right = (x.view(num_groups, size, -1) for x in (left, right))
+                grad_soft.baddbmm_(left, right.mT)
+        return grad_soft.to(ctx.soft_dtype), None, None, None, None, None, None, None
 
 
-def _through_softmax(slots: Tensor, grad: Tensor, m: int, scale: float) -> Tensor:
-    """Gradient for scores by slot of a softmax over every m slots, given that of the mask."""
+def _parts(weights: Tensor) -> Iterator[slice]:
+    """Slices of rows with about `_PART` entries."""
+    step = max(1, _PART // weights.shape[0])
+    return (slice(start, start + step) for start in range(0, weights.shape[1], step))
+
+
+def _through_softmax(slots: Tensor, grad: Tensor, m: int, unit: Tensor) -> Tensor:
+    """Gradient for scores by slot of a softmax over every m slots, of scores over `unit`, given that of the mask."""
     *batch, num_slots, num_rows = slots.shape
     groups = slots.reshape(*batch, num_slots // m, m, num_rows)
-    unit = scale * slots.mean().clamp_min(torch.finfo(slots.dtype).tiny)
     share = (groups / unit).softmax(-2)
     flow = share * grad.reshape(groups.shape)
     return ((flow - share * flow.sum(-2, keepdim=True)) / unit).reshape(slots.shape)
@@ -103,7 +127,7 @@ def relaxed_mask(
     """Masks of softly permuted scores: by slot, and mapped back to original channel order.
 
     The scores are mixed by the soft matrix and the best n of every m mixtures are kept (with the
-    softmax gradient of `straight_through_mask`); the mask is mapped back by the transposed matrix,
+    softmax gradient of `straight_through_prune`); the mask is mapped back by the transposed matrix,
     where it has entries between 0 and 1.
     """
     keep = _HardKeep.apply(soft @ scores, n, m, mask_temperature)
@@ -121,7 +145,8 @@ class _HardKeep(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         (slots,) = ctx.saved_tensors
-        return _through_softmax(slots, grad, ctx.m, ctx.scale), None, None, None
+        unit = ctx.scale * slots.mean().clamp_min(torch.finfo(slots.dtype).tiny)
+        return _through_softmax(slots, grad, ctx.m, unit), None, None, None
 
 
 def split_sample(

@@ -24,7 +24,7 @@ from permlab.permutation import PermutationSample, gather_items, invert
 from permlab.rundir import is_rank_zero, write_checkpoint, write_npz
 from permlab.sparsity.calibrate import capture, collect, reconstruction_errors
 from permlab.sparsity.layer import SiteLayers, assemble_weights, dense_rows
-from permlab.sparsity.mask import hard_mask, relaxed_mask, split_sample, straight_through_mask
+from permlab.sparsity.mask import hard_mask, relaxed_mask, split_sample, straight_through_prune
 from permlab.sparsity.polish import Swappable, polish
 from permlab.sparsity.site import block_names
 from permlab.sparsity.site_methods import SiteMethods
@@ -298,20 +298,15 @@ class Prune(Task):
     def _masked(self, name: str, sample: PermutationSample) -> Float[Tensor, "k r"]:
         """Pruned weights of a site by item, with the gradient that the estimator gives them."""
         layers, base, count = self.layers[name], self.method.base(name), self.method.num_groups[name]
-        weights = layers.items[base].unflatten(0, (count, -1))
-        scores = layers.scores[base].unflatten(0, (count, -1))
         order, soft = split_sample(sample, count)
+        options: dict[str, Any] = {"n": self.n, "m": self.m, "mask_temperature": self.mask_temperature}
         if soft is not None and sample.estimator == "straight_through":
-            mask = straight_through_mask(
-                soft, order, scores, n=self.n, m=self.m, mask_temperature=self.mask_temperature
-            )
-            pruned = weights * mask
-        elif soft is not None and sample.estimator == "relaxed":
-            keep, mask = relaxed_mask(soft, scores, n=self.n, m=self.m, mask_temperature=self.mask_temperature)
-            pruned = weights * mask if self.mix == "mask" else soft.mT @ ((soft @ weights) * keep)
-        else:
-            pruned = weights.flatten(0, 1) * hard_mask(sample.order, scores.flatten(0, 1), n=self.n, m=self.m)
-            return pruned[invert(base)]
+            return straight_through_prune(layers.items, layers.scores, soft, order, base, **options)
+        if soft is None or sample.estimator != "relaxed":
+            return layers.items * hard_mask(base[sample.order], layers.scores, n=self.n, m=self.m)
+        weights = layers.items[base].unflatten(0, (count, -1))
+        keep, mask = relaxed_mask(soft, layers.scores[base].unflatten(0, (count, -1)), **options)
+        pruned = weights * mask if self.mix == "mask" else soft.mT @ ((soft @ weights) * keep)
         return gather_items(pruned.flatten(0, 1), invert(base))
 
     def _run(self, values: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
