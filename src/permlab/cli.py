@@ -41,6 +41,14 @@ def main(name: str, arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return error.exit_code
+    except RuntimeError as error:
+        # torch raises this wherever the main thread happens to be when a worker process is gone.
+        if "DataLoader worker" not in str(error) or os.environ.get("PERMLAB_DEBUG") == "1":
+            raise
+        from permlab.data.loader import worker_died
+
+        print(f"error: {worker_died(error)}", file=sys.stderr)
+        return RunError.exit_code
     except KeyboardInterrupt:
         print("error: interrupted by signal 2", file=sys.stderr)
         return 130

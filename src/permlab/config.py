@@ -54,6 +54,9 @@ MACHINE_KEYS = (
     "trainer.enable_progress_bar",
     "trainer.enable_model_summary",
     "trainer.profiler",
+    # Without effect until a number is not finite; then a stopped run goes on where it was, skipping.
+    "trainer.on_nonfinite",
+    "trainer.max_skips",
 )
 
 

@@ -15,7 +15,10 @@ from permlab.errors import ConfigError
 
 Config = Mapping[str, Any]
 # What a dense run takes over from the pruning's trainer: where it computes, not how long.
-MACHINE = ("accelerator", "strategy", "devices", "num_nodes", "precision", "enable_progress_bar")
+MACHINE = (
+    *("accelerator", "strategy", "devices", "num_nodes", "precision", "enable_progress_bar"),
+    *("on_nonfinite", "max_skips"),
+)
 
 
 def dense_config(config: Config) -> dict[str, Any]:

@@ -47,6 +47,10 @@ OWN_TRAINER_KEYS = (
 )
 
 
+# Keys of the trainer group that permlab reads itself and lightning.Trainer does not know.
+EXTRA_TRAINER_KEYS = ("name", "on_nonfinite", "max_skips")
+
+
 @dataclass
 class ComponentKeys:
     """Every component: the preset's name and the file of its class."""
@@ -98,6 +102,8 @@ class TrainerKeys:
     gradient_clip_val: NonNegativeFloat | None
     log_every_n_steps: PositiveInt
     val_check_interval: PositiveInt | Fraction | None
+    on_nonfinite: Literal["stop", "skip"]  # at NaN or infinity: end the run, or leave out that optimiser step
+    max_skips: NonNegativeInt  # optimiser steps that may be left out
 
 
 @dataclass

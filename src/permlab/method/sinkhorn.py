@@ -126,7 +126,8 @@ class Sinkhorn(Method):
         return scores.clamp(-MAX_SCORE, MAX_SCORE)
 
     def _assign(self, table: Float[Tensor, "*b g m m"]) -> Int64[Tensor, "*b n"]:
-        return self.merge_orders(assign(table.detach()))
+        # NaN is for the task to see and name, in the soft matrix or the loss, not for the assignment to raise at.
+        return self.merge_orders(assign(table.detach().nan_to_num(nan=-MAX_SCORE)))
 
     def _relax(self, table: Float[Tensor, "*b g m m"]) -> Float[Tensor, "*b n n"]:
         return self.merge_matrices(sinkhorn(table, temperature=self.temperature, num_iters=self.num_iters))

@@ -93,6 +93,8 @@ class Classify(Task):
         images, labels = batch
         items = self.model.embed(images)
         sample = self.method(items, generator=self._noise(batch_idx))
+        if not self._is_learnable({"patches": sample}, images=images, items=items):
+            return self._no_loss()
         permuted = permute(items, sample)
         features = self.model.encode(permuted.flatten(0, -3))
         logits = self.model.head(features).unflatten(0, permuted.shape[:-2])
