@@ -79,9 +79,14 @@ def compose_config(name: str, words: Sequence[str]) -> tuple[dict[str, Any], lis
             OmegaConf.set_struct(config, False)
             config.pop("hydra")
             composed = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([*problems, str(error).splitlines()[0]]) from error
-    assert isinstance(composed, dict)
+    except (
+        Exception
+    ) as error:  # besides Hydra's and OmegaConf's own, whatever a broken file or a wild override sets off
+        reason = (str(error).splitlines() or [""])[0]
+        known = isinstance(error, (HydraException, OmegaConfBaseException))
+        raise ConfigError([*problems, reason if known and reason else f"{type(error).__name__}: {reason}"]) from error
+    if not isinstance(composed, dict):
+        raise ConfigError([*problems, f"{name}.yaml: holds no keys"])
     for group, choice in chosen.items():
         if isinstance(composed.get(group), dict):
             named = (

@@ -130,6 +130,7 @@ def run_once(config: Config, *, announce: bool = False) -> Summary:
     dense = dense_run(config)
     parts, data, task = _build(config, dense)
     _set_threads(config, parts.model)
+    _check_trainer(config)
     if is_rank_zero():
         if config["force"]:
             clear_run(run_dir)
@@ -208,7 +209,15 @@ def fit_and_test(config: Config, run_dir: Path, parts: Assembly, data: DataModul
     task.begin(data)
     L.seed_everything(config["seed"], verbose=False)
     if task.learns:
-        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        try:
+            trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            if checkpoint is None or task.started:
+                raise
+            reason = (str(error).splitlines() or [""])[-1].strip()
+            raise ConfigError(
+                f"checkpoint {checkpoint}: is not of this run ({type(error).__name__}: {reason})"
+            ) from error
     seconds = time.monotonic() - began
     summary = _statistics(parts, task, trainer)
     summary |= _finish(config, run_dir, task, data, trainer)
@@ -336,6 +345,19 @@ def _trainer_arguments(config: Config) -> dict[str, Any]:
     if isinstance(arguments["val_check_interval"], int):
         arguments.setdefault("check_val_every_n_epoch", None)  # count batches across epochs
     return arguments
+
+
+def _check_trainer(config: Config) -> None:
+    """Let Lightning look at its arguments before anything is written.
+
+    Raises:
+        ConfigError: with what it says.
+    """
+    arguments = _trainer_arguments(config) | {"enable_progress_bar": False}
+    try:
+        L.Trainer(**arguments, logger=False, enable_checkpointing=False, use_distributed_sampler=False)
+    except Exception as error:  # its checks and torch's raise many kinds
+        raise ConfigError(f"trainer: {type(error).__name__}: {error}") from error
 
 
 def _callbacks(config: Config, run_dir: Path, parts: Assembly, data: DataModule, task: Task) -> list[L.Callback]:

@@ -154,9 +154,10 @@ def class_name(component: str) -> str:
 def component_path(group: str, component: str) -> Path:
     """Source file of a component; the name may not leave the group's folder."""
     path = PACKAGE / group / f"{component}.py"
-    if not re.fullmatch(r"[a-z0-9_]+", str(component)) or not path.is_file():
-        stems = [file.stem for file in (PACKAGE / group).glob("*.py") if file.stem != "__init__"]
-        raise ConfigError(f"{group}.component={component}: no such file{nearest(component, stems)}")
+    if not re.fullmatch(r"[a-z0-9_]+", str(component)) or str(component) not in components(group):
+        raise ConfigError(
+            f"{group}.component={component}: no such component{nearest(component, list(components(group)))}"
+        )
     return path
 
 
@@ -197,6 +198,29 @@ def components(group: str) -> tuple[str, ...]:
             continue
         found.append(path.stem)
     return tuple(found)
+
+
+def _presented(group: str) -> list[str]:
+    """Components that a YAML file of the group names; another class of the folder is none."""
+    stems = set()
+    for path in (CONF / group).glob("*.yaml"):
+        named = re.search(r"^component: *(\w+)", path.read_text(errors="replace"), re.MULTILINE)
+        stems.add(named[1] if named else path.stem)
+    return sorted(stems & set(components(group)))
+
+
+def is_component(group: str, component: object) -> bool:
+    return component in _presented(group)
+
+
+def check_component(group: str, component: object) -> None:
+    """Refuse what no YAML file of the group names, with the nearest that one does.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if not is_component(group, component):
+        raise ConfigError(f"{group}.component={component}: no such component{nearest(component, _presented(group))}")
 
 
 def component_names(group: str) -> list[str]:

@@ -45,6 +45,7 @@ class Task(L.LightningModule):
         self.spec, self.model, self.method, self.optim, self.seed = spec, model, method, dict(optim), seed
         self.num_steps = 1
         self.guard = NonFiniteGuard()
+        self.started = False  # whether training has begun, all that a checkpoint restores being restored
         # Of model and permutation, since the last logged step: how often their gradient was clipped, in how many steps.
         self._clips: dict[str, list[float]] = {}
         # Other weights of the model that are tested beside its own, by name; filled by `finish`.
@@ -122,6 +123,9 @@ class Task(L.LightningModule):
         self._scores(split).reset()
 
     # Training
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.started = True
 
     def _all_but_method(self) -> nn.Module:
         """The backbone and what a task learns beside it, by name."""
@@ -212,7 +216,7 @@ class Task(L.LightningModule):
         return False
 
     def _no_loss(self) -> Tensor:
-        """Stands for the loss of a step that is not made, through every parameter: other ranks wait for their gradients."""
+        """Stands for the loss of a step that is not made, through every parameter: other ranks wait for gradients."""
         learned = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return torch.stack([0.0 * parameter.sum() for parameter in learned]).sum()
 
