@@ -54,7 +54,7 @@ def resolve_train(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """
     composed, problems = compose_config("train", words)
     try:
-        config, warnings = prepare(composed)
+        config, warnings = prepare(composed, _keys(words))
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
     if problems:
@@ -94,6 +94,12 @@ def compose_config(name: str, words: Sequence[str]) -> tuple[dict[str, Any], lis
             )
             composed[group] = named | composed[group]
     return {str(key): value for key, value in composed.items()}, problems
+
+
+def _keys(words: Sequence[str]) -> list[str]:
+    """Dotted keys that these words set, those of a mapping or of a schedule's points by the option's own."""
+    keys = [override.key_or_group for override in parse_overrides(words)]
+    return [".".join(key.split(".")[:2]) for key in keys]
 
 
 def _check_override(override: Override) -> str | None:

@@ -8,11 +8,12 @@ import hashlib
 import importlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from permlab.data.spec import DataSpec
+from permlab.effect import idle_settings
 from permlab.errors import ConfigError
 from permlab.ops.scan_order import check_name
 from permlab.ops.schedule import parse
@@ -103,9 +104,11 @@ def data_spec(settings: Mapping[str, Any]) -> DataSpec:
 # Validation
 
 
-def prepare(composed: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def prepare(composed: Mapping[str, Any], given: Iterable[str] = ()) -> tuple[dict[str, Any], list[str]]:
     """Complete configuration and warnings, from what Hydra composed.
 
+    Args:
+        given: dotted keys that the user named, each of which is warned of where it has no effect.
     Raises:
         ConfigError: with every problem of the configuration.
     """
@@ -114,6 +117,7 @@ def prepare(composed: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     problems = validate(config)
     if problems:
         raise ConfigError(problems)
+    warnings += idle_settings(config, data_spec(config["data"]), given)
     derive(config)
     return config, warnings
 

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from permlab.errors import ConfigError
 from permlab.option import (
@@ -23,6 +23,7 @@ from permlab.option import (
     Order,
     PositiveFloat,
     PositiveInt,
+    Range,
     options_of,
 )
 
@@ -80,8 +81,8 @@ class OptimKeys:
     name: str
     lr: PositiveFloat
     weight_decay: NonNegativeFloat
-    beta1: Fraction
-    beta2: Fraction
+    beta1: Annotated[float, Range(ge=0, lt=1)]
+    beta2: Annotated[float, Range(ge=0, lt=1)]
     schedule: Literal["onecycle", "cosine", "linear", "constant"]
     warmup_fraction: Fraction
 

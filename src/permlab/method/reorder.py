@@ -1,7 +1,7 @@
 """A Plackett-Luce law over orders, learned by REINFORCE from the model's reward."""
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -65,6 +65,10 @@ class Reorder(Method):
 
     baseline: Tensor
     baseline_started: Tensor
+
+    no_effect: ClassVar[dict[str, tuple[str, list]]] = {
+        "baseline_momentum": ("baseline", ["leave_one_out"]),
+    }
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """A score per slot and item, made doubly stochastic by Sinkhorn's iteration, with or without noise."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -60,6 +60,12 @@ class Sinkhorn(Method):
         >>> Sinkhorn(site, temperature=0.3, estimator="straight_through", **options, **start)().order
         tensor([2, 0, 1])
     """
+
+    no_effect: ClassVar[dict[str, tuple[str, list]]] = {
+        "width": ("cost", ["table"]),
+        "jitter": ("start", ["random"]),
+        "start_scale": ("start", ["zero"]),
+    }
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Classify images whose patches are read in a learned order."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,10 @@ class Classify(Task):
     """
 
     method: Method
+
+    no_effect: ClassVar[dict[str, tuple[str, list]]] = {
+        "distill_temperature": ("distill_weight", [0]),
+    }
 
     def __init__(
         self,

@@ -119,6 +119,16 @@ class Prune(Task):
     permutes: ClassVar[str] = "weights"
     method: SiteMethods
 
+    no_effect: ClassVar[dict[str, tuple[str, list]]] = {
+        "power": ("pruner", ["magnitude", "wanda", "sparsegpt"]),
+        "damping": ("pruner", ["magnitude", "wanda", "ria"]),
+        "block_size": ("num_groups", ["<set>"]),
+        "distill_kind": ("distill_weight", [0]),
+        "distill_over": ("distill_weight", [0]),
+        "dense_steps": ("dense", ["<set>"]),
+        "sequence_length": ("kind", ["image"]),
+    }
+
     def __init__(
         self,
         spec: DataSpec,
