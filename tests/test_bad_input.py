@@ -33,8 +33,8 @@ from permlab.config import CONF, GROUPS, run_directory
 from permlab.schema import _SCHEMAS, component_names, component_options, components
 
 # Cases of each kind; together at least 2000.
-NUM_OVERRIDES, NUM_SWEEPS, NUM_YAML, NUM_CONFIGS = 450, 150, 150, 650
-NUM_FILES, NUM_CHECKPOINTS, NUM_RESUMES = 300, 290, 20
+NUM_OVERRIDES, NUM_SWEEPS, NUM_YAML, NUM_CONFIGS = 350, 100, 130, 800
+NUM_FILES, NUM_CHECKPOINTS, NUM_RESUMES = 300, 310, 20
 # Seconds that one case may take on a slow machine.
 LIMIT = 30.0
 

@@ -1,5 +1,6 @@
 """Settings without effect are a warning; what the rules say is true; every key is documented."""
 
+import functools
 import re
 from typing import Any
 
@@ -99,7 +100,8 @@ def other_value(option: str, value: Any) -> Any:
     return value * 2 if value else 1
 
 
-def fingerprint(words: list[str]) -> list[torch.Tensor]:
+@functools.cache
+def fingerprint(words: tuple[str, ...]) -> list[torch.Tensor]:
     """The initial weights, and the logits in training under others, of images or tokens that are always the same."""
     config, _ = resolve("train", words)
     parts = assemble(config)
@@ -123,7 +125,7 @@ def test_every_option_of_a_model_changes_it_or_is_a_warning(model: str, words: l
     warnings = resolve("train", changed)[1]
     if any(line.startswith(f"model.{option}=") for line in warnings):
         return
-    before, after = fingerprint(words), fingerprint(changed)
+    before, after = fingerprint(tuple(words)), fingerprint(tuple(changed))
     same = len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert not same, f"model.{option} changes nothing"
 

@@ -98,7 +98,7 @@ def compose_config(name: str, words: Sequence[str]) -> tuple[dict[str, Any], lis
 
 def _keys(words: Sequence[str]) -> list[str]:
     """Dotted keys that these words set, those of a mapping or of a schedule's points by the option's own."""
-    keys = [override.key_or_group for override in parse_overrides(words)]
+    keys = [word.partition("=")[0].lstrip("+~") for word in words]
     return [".".join(key.split(".")[:2]) for key in keys]
 
 
