@@ -32,7 +32,8 @@ def idle_settings(config: Mapping[str, Any], spec: DataSpec, given: Iterable[str
     rules = [*_of_components(config, spec), *_of_trainer(config), *_of_data(config), *_of_task(config, spec)]
     wanted, warnings = set(given), {}
     for key, reason in rules:
-        if key in wanted and key not in warnings:
+        # Null is no setting, but the absence of one.
+        if key in wanted and key not in warnings and _value(config, key) is not None:
             warnings[key] = f"{key}={_value(config, key)} has no effect with {reason}"
     return list(warnings.values())
 
