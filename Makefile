@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help setup train test check sweep study-prune bench-prune lock clean
+.PHONY: help setup train test check audit options sweep study-prune bench-prune lock clean
 
 help:  ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,14 @@ check: $(STAMP)  ## format, lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	@$(MAKE) --no-print-directory test
+
+audit: $(STAMP)  ## look up the locked packages in an advisory database (needs the network)
+	@$(BIN)/uvx --quiet pip-audit --requirement requirements.lock --require-hashes --disable-pip --strict \
+		--progress-spinner off || { echo "make audit: failed, or no advisory database in reach: nothing is certified" >&2; \
+		exit 1; }
+
+options: $(STAMP)  ## write docs/options.md anew from the sources and conf/
+	@$(BIN)/python -m permlab.reference
 
 lock: $(STAMP)  ## resolve pyproject.toml anew into requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --upgrade \

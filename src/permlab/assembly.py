@@ -1,5 +1,7 @@
 """From a complete configuration to the model and the method that sits at its items."""
 
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,8 +177,12 @@ def _read_order(path: Path, name: str = "order") -> Tensor:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return torch.from_numpy(arrays[name].astype(np.int64))
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE_ARRAYS as error:
         raise ConfigError(f"method.order={path}: no readable `{name}` array ({error})") from error
+
+
+# What NumPy raises for a file that is no .npz, or one that is cut short, garbled, or holds pickled objects.
+UNREADABLE_ARRAYS = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 def load_weights(path: Path, *modules: tuple[str, nn.Module]) -> None:
@@ -187,12 +193,16 @@ def load_weights(path: Path, *modules: tuple[str, nn.Module]) -> None:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
+            raise TypeError("state_dict holds more than tensors by name")
+        if any(value.is_complex() for value in state.values()):
+            raise TypeError("state_dict holds complex numbers")
     except Exception as error:
         raise ConfigError(f"checkpoint {path}: cannot be read ({type(error).__name__})") from error
     for prefix, module in modules:
         part = {key[len(prefix) + 1 :]: value for key, value in state.items() if key.startswith(f"{prefix}.")}
         try:
             module.load_state_dict(part)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
             raise ConfigError(f"checkpoint {path}: holds another {prefix} ({reason})") from error

@@ -12,13 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Override, RangeSweep
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from permlab.compose import compose_config, parse_overrides, resolve_train
 from permlab.config import run_directory
 from permlab.errors import ConfigError, RunError
 from permlab.schema import CONF, component_names, nearest
+from permlab.secret import redact
 
+# Of a multirun; more are a slip of the pen.
+MAX_JOBS = 10_000
 HYDRA_FLAGS = ("--hydra-help", "--version", "--info", "-i", "--shell-completion", "-sc")
 OWN_FLAGS = ("--help", "-h", "--cfg", "-c", "--resolve", "--package", "-p", "--multirun", "-m")
 
@@ -41,13 +46,27 @@ def main(name: str, arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        # Of a file or folder of the run: full, read-only, gone, or something else in its place.
+        if error.filename is None or os.environ.get("PERMLAB_DEBUG") == "1":
+            raise
+        print(redact(f"error: {error.filename2 or error.filename}: {error.strerror}"), file=sys.stderr)
+        return RunError.exit_code
+    except RuntimeError as error:
+        # torch raises this wherever the main thread happens to be when a worker process is gone.
+        if "DataLoader worker" not in str(error) or os.environ.get("PERMLAB_DEBUG") == "1":
+            raise
+        from permlab.data.loader import worker_died
+
+        print(f"error: {worker_died(error)}", file=sys.stderr)
+        return RunError.exit_code
     except KeyboardInterrupt:
         print("error: interrupted by signal 2", file=sys.stderr)
         return 130
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return redact(" ".join(str(error).split()))
 
 
 def _dispatch(name: str, arguments: list[str]) -> int:
@@ -65,7 +84,7 @@ def _dispatch(name: str, arguments: list[str]) -> int:
         return multirun(name, expand(parsed.overrides))
     config, warnings = resolve(name, parsed.overrides)
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(redact(f"warning: {warning}"), file=sys.stderr)
     return _commands()[name](config)
 
 
@@ -121,15 +140,40 @@ def split_arguments(arguments: Sequence[str]) -> Arguments:
 
 
 def expand(words: Sequence[str]) -> list[list[str]]:
-    """Jobs of a multirun: the Cartesian product of every swept key, the last one varying fastest."""
-    axes = []
+    """Jobs of a multirun: the Cartesian product of every swept key, the last one varying fastest.
+
+    Raises:
+        ConfigError: if there are more than `MAX_JOBS`, or a sweep cannot be expanded.
+    """
+    axes, num_jobs = [], 1
     for override in parse_overrides(words):
         key = override.input_line.split("=", 1)[0] if override.input_line else override.key_or_group
         if override.is_sweep_override():
-            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            axes.append([f"{key}={value}" for value in _sweep_values(override)])
         else:
             axes.append([override.input_line or ""])
+        num_jobs *= len(axes[-1])
+        if num_jobs > MAX_JOBS:
+            raise ConfigError(f"{override.input_line}: more than {MAX_JOBS} jobs")
+    if num_jobs == 0:
+        raise ConfigError("-m: a sweep over no values has no jobs")
     return [list(job) for job in itertools.product(*axes)]
+
+
+def _sweep_values(override: Override) -> list[str]:
+    """Values of a swept key, one more than `MAX_JOBS` at most."""
+    try:
+        value = override.value()
+        if isinstance(value, RangeSweep):  # which may be longer than memory
+            assert value.start is not None
+            assert value.stop is not None
+            steps = (float(value.stop) - float(value.start)) / float(value.step)
+            if not steps <= MAX_JOBS:
+                raise ConfigError(f"{override.input_line}: more than {MAX_JOBS} jobs")
+        return list(itertools.islice(override.sweep_string_iterator(), MAX_JOBS + 1))
+    except (HydraException, ValueError, ArithmeticError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{override.input_line}: cannot be swept, {reason}") from error
 
 
 def resolve(name: str, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -138,12 +182,15 @@ def resolve(name: str, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]
     Raises:
         ConfigError: with every problem found.
     """
-    if name == "train":
-        return resolve_train(words)
-    composed, problems = compose_config(name, words)
-    if problems:
-        raise ConfigError(problems)
-    return _check_eval(composed), []
+    try:
+        if name == "train":
+            return resolve_train(words)
+        composed, problems = compose_config(name, words)
+        if problems:
+            raise ConfigError(problems)
+        return _check_eval(composed), []
+    except OSError as error:  # of a path that cannot even be asked for: too long, or not allowed
+        raise ConfigError(f"{error.filename}: {error.strerror}") from error
 
 
 def _check_eval(config: dict[str, Any]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def resolve_train(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """
     composed, problems = compose_config("train", words)
     try:
-        config, warnings = prepare(composed)
+        config, warnings = prepare(composed, _keys(words))
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
     if problems:
@@ -79,9 +79,14 @@ def compose_config(name: str, words: Sequence[str]) -> tuple[dict[str, Any], lis
             OmegaConf.set_struct(config, False)
             config.pop("hydra")
             composed = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([*problems, str(error).splitlines()[0]]) from error
-    assert isinstance(composed, dict)
+    except (
+        Exception
+    ) as error:  # besides Hydra's and OmegaConf's own, whatever a broken file or a wild override sets off
+        reason = (str(error).splitlines() or [""])[0]
+        known = isinstance(error, (HydraException, OmegaConfBaseException))
+        raise ConfigError([*problems, reason if known and reason else f"{type(error).__name__}: {reason}"]) from error
+    if not isinstance(composed, dict):
+        raise ConfigError([*problems, f"{name}.yaml: holds no keys"])
     for group, choice in chosen.items():
         if isinstance(composed.get(group), dict):
             named = (
@@ -89,6 +94,12 @@ def compose_config(name: str, words: Sequence[str]) -> tuple[dict[str, Any], lis
             )
             composed[group] = named | composed[group]
     return {str(key): value for key, value in composed.items()}, problems
+
+
+def _keys(words: Sequence[str]) -> list[str]:
+    """Dotted keys that these words set, those of a mapping or of a schedule's points by the option's own."""
+    keys = [word.partition("=")[0].lstrip("+~") for word in words]
+    return [".".join(key.split(".")[:2]) for key in keys]
 
 
 def _check_override(override: Override) -> str | None:

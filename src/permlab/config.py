@@ -8,11 +8,12 @@ import hashlib
 import importlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from permlab.data.spec import DataSpec
+from permlab.effect import idle_settings
 from permlab.errors import ConfigError
 from permlab.ops.scan_order import check_name
 from permlab.ops.schedule import parse
@@ -28,15 +29,17 @@ from permlab.schema import (
     CONF,
     GROUPS,
     OWN_TRAINER_KEYS,
-    PACKAGE,
+    check_component,
     class_name,
     component_names,
     component_options,
     component_path,
     components,
+    is_component,
     nearest,
     schema,
 )
+from permlab.secret import leaks
 
 # Where a run is made, not what it computes: left out of the hash that names the run.
 MACHINE_KEYS = (
@@ -54,7 +57,14 @@ MACHINE_KEYS = (
     "trainer.enable_progress_bar",
     "trainer.enable_model_summary",
     "trainer.profiler",
+    # Without effect until a number is not finite; then a stopped run goes on where it was, skipping.
+    "trainer.on_nonfinite",
+    "trainer.max_skips",
 )
+
+
+# By which `hydra.utils.instantiate`, which is not used here, would be told what to call.
+INSTANTIATE_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 
 
 # Construction
@@ -94,9 +104,11 @@ def data_spec(settings: Mapping[str, Any]) -> DataSpec:
 # Validation
 
 
-def prepare(composed: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def prepare(composed: Mapping[str, Any], given: Iterable[str] = ()) -> tuple[dict[str, Any], list[str]]:
     """Complete configuration and warnings, from what Hydra composed.
 
+    Args:
+        given: dotted keys that the user named, each of which is warned of where it has no effect.
     Raises:
         ConfigError: with every problem of the configuration.
     """
@@ -105,6 +117,7 @@ def prepare(composed: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     problems = validate(config)
     if problems:
         raise ConfigError(problems)
+    warnings += idle_settings(config, data_spec(config["data"]), given)
     derive(config)
     return config, warnings
 
@@ -117,7 +130,7 @@ def drop_ineffective(config: dict[str, Any]) -> list[str]:
     warnings = []
     for group in COMPONENT_GROUPS:
         settings = config.get(group)
-        if not isinstance(settings, dict) or not (PACKAGE / group / f"{settings.get('component')}.py").is_file():
+        if not isinstance(settings, dict) or not is_component(group, settings.get("component")):
             continue
         known = schema(group, settings["component"])
         elsewhere = set().union(*(component_options(group, other) for other in components(group)))
@@ -128,7 +141,7 @@ def drop_ineffective(config: dict[str, Any]) -> list[str]:
 
 def validate(config: Mapping[str, Any]) -> list[str]:
     """Every problem of a composed configuration, as `key=value: what is wrong; nearest valid choice`."""
-    problems = []
+    problems = _check_safety(config)
     for group in ("", "paths", *GROUPS):
         settings = config if group == "" else config.get(group)
         if not isinstance(settings, Mapping):
@@ -138,11 +151,43 @@ def validate(config: Mapping[str, Any]) -> list[str]:
             problems += _check_group(group, settings)
         except ConfigError as error:
             problems += error.problems
-    return problems or _check_across(config)
+    try:
+        return problems or _check_across(config)
+    except OSError as error:  # of a path that cannot even be asked for: too long, or not allowed
+        return [f"{str(error.filename)[:80]}: {error.strerror}"]
+
+
+def _check_safety(config: Mapping[str, Any]) -> list[str]:
+    """What a configuration may hold nowhere: a class to construct, or a secret, which its files would show."""
+    problems = [
+        f"{key}: nothing is constructed from a configuration but the components by name" for key in _targets(config)
+    ]
+    for key in dict.fromkeys(leaks(config)):
+        problems.append(
+            f"{key}: holds a secret, which the run's files would show; it belongs into the environment alone"
+        )
+    return problems
+
+
+def _targets(value: Any, path: str = "") -> list[str]:
+    """Dotted keys by which Hydra would construct any class there is."""
+    found = []
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            here = f"{path}.{key}" if path else str(key)
+            found += [here] if key in INSTANTIATE_KEYS else _targets(part, here)
+    elif isinstance(value, list):
+        found += [key for part in value for key in _targets(part, path)]
+    return found
 
 
 def _check_group(group: str, settings: Mapping[str, Any]) -> list[str]:
+    if group in COMPONENT_GROUPS:
+        check_component(group, settings.get("component"))
     known = schema(group, settings.get("component"))
+    if "name" in known and not _is_choice(group, settings.get("name")):
+        name = settings.get("name")
+        return [f"{group}.name={name}: no such choice{nearest(name, component_names(group))}"]
     dotted = f"{group}." if group else ""
     problems = []
     for key, value in settings.items():
@@ -160,6 +205,11 @@ def _check_group(group: str, settings: Mapping[str, Any]) -> list[str]:
             problems.append(f"{dotted}{key}={value}: expected {describe(known[key].type)}{hint}")
     missing = [key for key, option in known.items() if key not in settings and option.default is REQUIRED]
     return problems + [f"{dotted}{key}: missing, expected {describe(known[key].type)}" for key in missing]
+
+
+def _is_choice(group: str, name: Any) -> bool:
+    """Whether a name is one of the group's: it becomes part of the run directory's path."""
+    return isinstance(name, str) and name in component_names(group)
 
 
 def _derived_later(group: str, key: str, value: Any) -> bool:
@@ -343,4 +393,5 @@ def digest(config: Mapping[str, Any]) -> str:
 def run_directory(config: Mapping[str, Any]) -> Path:
     """`<paths.runs>/<task>/<data>-<model>-<method>/seed=<seed>-<hash8>`: never a function of the clock."""
     names = "-".join(config[group]["name"].replace("/", "_") for group in ("data", "model", "method"))
-    return Path(config["paths"]["runs"], config["task"]["name"], names, f"seed={config['seed']}-{digest(config)}")
+    name = config["task"]["name"].replace("/", "_")
+    return Path(config["paths"]["runs"], name, names, f"seed={config['seed']}-{digest(config)}")

@@ -9,13 +9,21 @@ import torch
 import yaml
 from torch import Tensor
 
+from permlab.assembly import UNREADABLE_ARRAYS
 from permlab.compose import resolve_train
-from permlab.config import data_spec, derive, run_directory
+from permlab.config import data_spec, derive, run_directory, validate
 from permlab.errors import ConfigError
+from permlab.permutation import check_order
 
 Config = Mapping[str, Any]
 # What a dense run takes over from the pruning's trainer: where it computes, not how long.
-MACHINE = ("accelerator", "strategy", "devices", "num_nodes", "precision", "enable_progress_bar")
+MACHINE = (
+    *("accelerator", "strategy", "devices", "num_nodes", "precision", "enable_progress_bar"),
+    *("on_nonfinite", "max_skips"),
+)
+
+# Keys of the trainer that runs of earlier versions do not have.
+ADDED_LATER = {"on_nonfinite": "stop", "max_skips": 10}
 
 
 def dense_config(config: Config) -> dict[str, Any]:
@@ -54,15 +62,24 @@ def data_seed(config: Config) -> int:
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """Configuration of a run.
+    """Configuration of a run, validated: the file may have been changed since.
 
     Raises:
-        ConfigError: if there is none that can be read.
+        ConfigError: if there is none that can be read, or it is no configuration of a run.
     """
     try:
-        return yaml.safe_load((run_dir / "config.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{run_dir}: no readable config.yaml ({type(error).__name__})") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{run_dir}: config.yaml holds no keys")
+    if isinstance(config.get("trainer"), dict):
+        config["trainer"] = ADDED_LATER | config["trainer"]
+    # Where the run resumed from may be gone, and matters no more.
+    problems = validate(config | {"ckpt_path": None})
+    if problems:
+        raise ConfigError([f"{run_dir / 'config.yaml'}: {problem}" for problem in problems])
+    return config
 
 
 def read_item_order(run_dir: Path) -> Tensor:
@@ -75,7 +92,9 @@ def read_item_order(run_dir: Path) -> Tensor:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             if "order" in arrays:
-                return torch.from_numpy(arrays["order"])
-    except (OSError, ValueError) as error:
+                order = torch.from_numpy(arrays["order"])
+                check_order(order)
+                return order
+    except UNREADABLE_ARRAYS as error:
         raise ConfigError(f"task.dense={run_dir}: no readable arrays/order.npz ({error})") from error
     raise ConfigError(f"task.dense={run_dir}: its order depends on the image; prune a run with one order for all")

@@ -20,6 +20,7 @@ from permlab.config import CONF, digest, run_directory
 from permlab.errors import ConfigError
 from permlab.report import headline
 from permlab.rundir import is_done, read_summary
+from permlab.secret import redact
 
 # Left behind by a launcher around us or by an earlier job; each job sets its own.
 RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -40,11 +41,11 @@ def multirun(name: str, jobs: Sequence[Sequence[str]]) -> int:
     codes: list[int] = []
     configs: list[dict[str, Any] | None] = []
     for number, job in enumerate(jobs, start=1):
-        print(f"[{number}/{len(jobs)}] {' '.join(job)}", flush=True)
+        print(redact(f"[{number}/{len(jobs)}] {' '.join(job)}"), flush=True)
         try:
             configs.append(resolve(name, job)[0])
         except ConfigError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(redact(f"error: {' '.join(str(error).split())}"), file=sys.stderr)
             configs.append(None)
             codes.append(2)
             continue

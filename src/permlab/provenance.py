@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from permlab.secret import redact
+
 PACKAGE = Path(__file__).resolve().parent
 # fmt: off
 PACKAGES = (
@@ -38,7 +40,7 @@ def collect(*, device: str | None) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": device,
-        "command": shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "command": redact(shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])),
     }
 
 

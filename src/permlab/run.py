@@ -41,9 +41,11 @@ from permlab.rundir import (
     write_json,
     write_npz,
 )
+from permlab.schema import EXTRA_TRAINER_KEYS
 from permlab.sparsity.site_methods import SiteMethods
 from permlab.strategy import ShardedBackbone
 from permlab.task.base import Task
+from permlab.task.guard import NonFiniteGuard
 from permlab.tracking import RunLogger, replay
 
 # Parameters; below this one thread is fastest.
@@ -128,6 +130,7 @@ def run_once(config: Config, *, announce: bool = False) -> Summary:
     dense = dense_run(config)
     parts, data, task = _build(config, dense)
     _set_threads(config, parts.model)
+    _check_trainer(config)
     if is_rank_zero():
         if config["force"]:
             clear_run(run_dir)
@@ -200,10 +203,21 @@ def fit_and_test(config: Config, run_dir: Path, parts: Assembly, data: DataModul
         use_distributed_sampler=False,
     )
     task.to(trainer.strategy.root_device)
+    task.guard = NonFiniteGuard(
+        on_nonfinite=config["trainer"]["on_nonfinite"], max_skips=config["trainer"]["max_skips"]
+    )
     task.begin(data)
     L.seed_everything(config["seed"], verbose=False)
     if task.learns:
-        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        try:
+            trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            if checkpoint is None or task.started:
+                raise
+            reason = (str(error).splitlines() or [""])[-1].strip()
+            raise ConfigError(
+                f"checkpoint {checkpoint}: is not of this run ({type(error).__name__}: {reason})"
+            ) from error
     seconds = time.monotonic() - began
     summary = _statistics(parts, task, trainer)
     summary |= _finish(config, run_dir, task, data, trainer)
@@ -211,7 +225,7 @@ def fit_and_test(config: Config, run_dir: Path, parts: Assembly, data: DataModul
         parts, data, task = _build(config)  # the trained one holds shards, which no checkpoint fits
         trainer = L.Trainer(**_trainer_arguments(config) | {"strategy": "ddp"}, use_distributed_sampler=False)
     summary |= evaluate_best(config, run_dir, task, data, trainer=trainer)
-    summary["train/seconds"] = round(seconds, 3)
+    summary |= data.statistics() | {"train/seconds": round(seconds, 3)}
     if is_rank_zero():
         _write_results(run_dir, parts, task)
         write_json(run_dir / "summary.json", summary)  # last: a run that has it is not trained again
@@ -326,11 +340,24 @@ def _set_threads(config: Config, model: torch.nn.Module) -> None:
 
 
 def _trainer_arguments(config: Config) -> dict[str, Any]:
-    arguments = {key: value for key, value in config["trainer"].items() if key != "name"}
+    arguments = {key: value for key, value in config["trainer"].items() if key not in EXTRA_TRAINER_KEYS}
     arguments.setdefault("enable_model_summary", False)
     if isinstance(arguments["val_check_interval"], int):
         arguments.setdefault("check_val_every_n_epoch", None)  # count batches across epochs
     return arguments
+
+
+def _check_trainer(config: Config) -> None:
+    """Let Lightning look at its arguments before anything is written.
+
+    Raises:
+        ConfigError: with what it says.
+    """
+    arguments = _trainer_arguments(config) | {"enable_progress_bar": False}
+    try:
+        L.Trainer(**arguments, logger=False, enable_checkpointing=False, use_distributed_sampler=False)
+    except Exception as error:  # its checks and torch's raise many kinds
+        raise ConfigError(f"trainer: {type(error).__name__}: {error}") from error
 
 
 def _callbacks(config: Config, run_dir: Path, parts: Assembly, data: DataModule, task: Task) -> list[L.Callback]:
@@ -381,6 +408,7 @@ def _step_of(checkpoint: Path | None) -> int:
 def _statistics(parts: Assembly, task: Task, trainer: L.Trainer) -> Summary:
     statistics = {
         "train/steps": float(trainer.global_step),
+        "train/skipped": float(task.guard.num_skipped),
         "model/num_parameters": float(sum(p.numel() for p in parts.model.parameters())),
         "permutation/num_parameters": float(sum(p.numel() for p in parts.method.parameters())),
     }

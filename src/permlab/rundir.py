@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from permlab import provenance
+from permlab.errors import ConfigError
 
 # Everything that a run writes, and so everything that repeating it may delete.
 FILES = ("config.yaml", "provenance.json", "metrics.jsonl", "summary.json", "DONE", "FAILED")
@@ -65,7 +66,9 @@ def clear_run(run_dir: Path) -> None:
     """Delete what an earlier run left in the directory, and nothing else that may lie there."""
     (run_dir / "DONE").unlink(missing_ok=True)
     for name in FOLDERS:
-        if (run_dir / name).is_dir():
+        if (run_dir / name).is_symlink():
+            (run_dir / name).unlink()  # what it points to is not this run's to delete
+        elif (run_dir / name).is_dir():
             shutil.rmtree(run_dir / name)
     for name in FILES:
         (run_dir / name).unlink(missing_ok=True)
@@ -76,8 +79,20 @@ def is_done(run_dir: Path) -> bool:
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
-    """Final metrics of a run."""
-    return _decode(json.loads((run_dir / "summary.json").read_text()))
+    """Final metrics of a run.
+
+    Raises:
+        ConfigError: naming the file, if it cannot be read.
+    """
+    path = run_dir / "summary.json"
+    try:
+        summary = _decode(json.loads(path.read_text()))
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read ({type(error).__name__}); force=true repeats the run") from error
+    wrong = [key for key, value in summary.items() if isinstance(value, bool) or not isinstance(value, (int, float))]
+    if wrong:
+        raise ConfigError(f"{path}: {wrong[0]} is no number; force=true repeats the run")
+    return summary
 
 
 def read_provenance(run_dir: Path) -> dict[str, Any]:
@@ -124,15 +139,21 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         ValueError: if another line cannot be read, with its number.
     """
     path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    try:
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {error.reason} at byte {error.start}") from error
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.endswith("\n"):
             break
         try:
-            records.append(_decode(json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+            record = _decode(json.loads(line))
+            if not isinstance(record["step"], int):
+                raise ValueError(f"step is {record['step']!r}")
+            records.append(record)
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: {error or type(error).__name__}") from error
     return records
 
 
@@ -142,10 +163,16 @@ def truncate_metrics(run_dir: Path, step: int) -> None:
     Args:
         run_dir: of the run; nothing happens where it has no metrics yet.
         step: optimiser steps that the checkpoint has behind it.
+    Raises:
+        ConfigError: naming the line that cannot be read.
     """
     path = run_dir / "metrics.jsonl"
     if path.is_file():
-        write_text(path, "".join(_dumps(r) + "\n" for r in read_metrics(run_dir) if r["step"] <= step))
+        try:
+            records = read_metrics(run_dir)
+        except ValueError as error:
+            raise ConfigError(f"{error}; repair the line, or force=true repeats the run") from error
+        write_text(path, "".join(_dumps(r) + "\n" for r in records if r["step"] <= step))
 
 
 # Atomic writing

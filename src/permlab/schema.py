@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from permlab.errors import ConfigError
 from permlab.option import (
@@ -23,6 +23,7 @@ from permlab.option import (
     Order,
     PositiveFloat,
     PositiveInt,
+    Range,
     options_of,
 )
 
@@ -45,6 +46,10 @@ OWN_TRAINER_KEYS = (
     "enable_autolog_hparams",
     "model_registry",
 )
+
+
+# Keys of the trainer group that permlab reads itself and lightning.Trainer does not know.
+EXTRA_TRAINER_KEYS = ("name", "on_nonfinite", "max_skips")
 
 
 @dataclass
@@ -76,8 +81,8 @@ class OptimKeys:
     name: str
     lr: PositiveFloat
     weight_decay: NonNegativeFloat
-    beta1: Fraction
-    beta2: Fraction
+    beta1: Annotated[float, Range(ge=0, lt=1)]
+    beta2: Annotated[float, Range(ge=0, lt=1)]
     schedule: Literal["onecycle", "cosine", "linear", "constant"]
     warmup_fraction: Fraction
 
@@ -98,6 +103,8 @@ class TrainerKeys:
     gradient_clip_val: NonNegativeFloat | None
     log_every_n_steps: PositiveInt
     val_check_interval: PositiveInt | Fraction | None
+    on_nonfinite: Literal["stop", "skip"]  # at NaN or infinity: end the run, or leave out that optimiser step
+    max_skips: NonNegativeInt  # optimiser steps that may be left out
 
 
 @dataclass
@@ -148,9 +155,10 @@ def class_name(component: str) -> str:
 def component_path(group: str, component: str) -> Path:
     """Source file of a component; the name may not leave the group's folder."""
     path = PACKAGE / group / f"{component}.py"
-    if not re.fullmatch(r"[a-z0-9_]+", str(component)) or not path.is_file():
-        stems = [file.stem for file in (PACKAGE / group).glob("*.py") if file.stem != "__init__"]
-        raise ConfigError(f"{group}.component={component}: no such file{nearest(component, stems)}")
+    if not re.fullmatch(r"[a-z0-9_]+", str(component)) or str(component) not in components(group):
+        raise ConfigError(
+            f"{group}.component={component}: no such component{nearest(component, list(components(group)))}"
+        )
     return path
 
 
@@ -191,6 +199,29 @@ def components(group: str) -> tuple[str, ...]:
             continue
         found.append(path.stem)
     return tuple(found)
+
+
+def _presented(group: str) -> list[str]:
+    """Components that a YAML file of the group names; another class of the folder is none."""
+    stems = set()
+    for path in (CONF / group).glob("*.yaml"):
+        named = re.search(r"^component: *(\w+)", path.read_text(errors="replace"), re.MULTILINE)
+        stems.add(named[1] if named else path.stem)
+    return sorted(stems & set(components(group)))
+
+
+def is_component(group: str, component: object) -> bool:
+    return component in _presented(group)
+
+
+def check_component(group: str, component: object) -> None:
+    """Refuse what no YAML file of the group names, with the nearest that one does.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if not is_component(group, component):
+        raise ConfigError(f"{group}.component={component}: no such component{nearest(component, _presented(group))}")
 
 
 def component_names(group: str) -> list[str]:

@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -37,9 +38,12 @@ def read_sweep(name: str) -> list[list[str]]:
         ConfigError: if there is no such file, or it is no grid.
     """
     path = SWEEPS / f"{name}.yaml"
-    if not path.is_file():
+    if not re.fullmatch(r"\w[\w.-]*", name) or not path.is_file():
         raise ConfigError(f"NAME={name}: no such sweep{nearest(name, [file.stem for file in SWEEPS.glob('*.yaml')])}")
-    sweep = yaml.safe_load(path.read_text())
+    try:
+        sweep = dict(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
     if sweep.get("method") != "grid":
         raise ConfigError(f"{path.name}: method={sweep.get('method')}; only a grid is run here")
     axes = []
@@ -130,6 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     names = list(options.names)
+    if options.study and not re.fullmatch(r"\w+", options.study):
+        raise ConfigError(f"--study {options.study}: no name of a study")
     if options.study:
         names += sorted(path.stem for path in SWEEPS.glob(f"{options.study}_*.yaml"))
     if not names:

@@ -1,11 +1,13 @@
 import itertools
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
 
 from permlab.data.loader import ArrayDataset, Loader
-from permlab.errors import ConfigError
+from permlab.errors import ConfigError, RunError
 
 
 class Indices:
@@ -162,6 +164,23 @@ def test_what_a_dataset_says_of_its_files_ends_the_run_with_one_line(num_workers
     with pytest.raises(ConfigError) as caught:
         read(loader(dataset=Broken(23), num_workers=num_workers))
     assert str(caught.value) == "data: images/7.png: not a readable image"
+
+
+class Deadly(ArrayDataset):
+    """Kills the process that fetches its eighth sample."""
+
+    def __getitems__(self, indices):
+        if 7 in indices:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitems__(indices)
+
+
+def test_a_worker_that_dies_is_one_line() -> None:
+    dataset = Deadly(np.zeros((23, 1), dtype=np.float32), np.zeros(23, dtype=np.int64))
+    with pytest.raises(RunError, match=r"a worker process died .*data\.num_workers") as caught:
+        read(loader(dataset=dataset, num_workers=2))
+    assert caught.value.exit_code == 1
+    assert "\n" not in str(caught.value)
 
 
 def test_array_dataset_hands_out_rows_and_labels() -> None:

@@ -5,12 +5,13 @@ import importlib.util
 import json
 import re
 import sys
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import cache, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -54,6 +55,8 @@ class HubText:
         tokenizer: `byte`, a local folder, or a name on the hub for `transformers.AutoTokenizer`.
         vocab_size: number of tokens, at least the tokenizer's own; null where it can be read.
         sequence_length: tokens per sample. Perplexity depends on it.
+        on_corrupt: at a line of a local `.jsonl` that holds no document, `stop`, or `skip` it and count it.
+            Without effect on `.txt`, which is one document, and on the hub.
     Raises:
         ValueError: naming the tokenizer, if its folder or vocabulary cannot be found, or
             `vocab_size` is too small for it.
@@ -80,12 +83,20 @@ class HubText:
         tokenizer: str,
         vocab_size: PositiveInt | None,
         sequence_length: PositiveInt,
+        on_corrupt: Literal["stop", "skip"] = "stop",
     ) -> None:
         self.root, self.repository, self.subset, self.revision = Path(root), repository, subset, revision
         self.files = {"train": train_file, "val": val_file, "test": test_file}
         self.streaming, self.num_documents, self.separator = streaming, num_documents, separator
         self.tokenizer, self.sequence_length = tokenizer, sequence_length
+        self.on_corrupt = on_corrupt
+        self._skipped: dict[str, int] = {}
         self.vocab_size = _vocabulary(tokenizer, vocab_size)
+
+    @property
+    def num_skipped(self) -> int:
+        """Lines left out of the splits that were asked for."""
+        return sum(self._skipped.values())
 
     def spec(self) -> DataSpec:
         """Vocabulary and length of a sample, once the local files, or else the package for the hub, are there.
@@ -122,11 +133,21 @@ class HubText:
         """A split's documents, and what to call the place they come from."""
         if self.root.is_dir():
             path = _local_file(self.root, split)
-            return str(path), _read_file(path, self.num_documents)
+            return str(path), self._read_local(path, split)
         where = f"{self.repository} {self.files[split] or split}, as there is no folder {self.root}"
         name = "validation" if split == "val" else split
         arguments = (self.repository, self.subset, self.revision, name, self.files[split])
         return where, _read_hub(where, *arguments, self.streaming, self.num_documents)
+
+    def _read_local(self, path: Path, split: str) -> list[str]:
+        bad: list[str] = []
+        documents = _read_file(path, self.num_documents, bad if self.on_corrupt == "skip" else None)
+        self._skipped[split] = len(bad)
+        if bad:
+            warnings.warn(
+                f"data.on_corrupt=skip: {len(bad)} lines of {path} left out; the first: {bad[0]}", stacklevel=2
+            )
+        return documents
 
 
 def _vocabulary(tokenizer: str, vocab_size: int | None) -> int:
@@ -186,28 +207,36 @@ def _local_file(root: Path, split: str) -> Path:
     return found[0]
 
 
-def _read_file(path: Path, num_documents: int | None) -> list[str]:
+def _read_file(path: Path, num_documents: int | None, bad: list[str] | None) -> list[str]:
+    """Documents of a file; what is wrong with a line goes to `bad`, or is raised where that is None."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             if path.suffix == ".txt":
                 return [file.read().decode()]
-            return list(islice(_json_lines(file), num_documents))
+            return list(islice(_json_lines(file, bad), num_documents))
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({_brief(error)})") from error
 
 
-def _json_lines(file: Iterable[bytes]) -> Iterator[str]:
+def _json_lines(file: Iterable[bytes], bad: list[str] | None) -> Iterator[str]:
     """The field `text` of every line that is not blank."""
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
         try:
-            document = json.loads(line.decode())
+            yield _document(line)
         except ValueError as error:
-            raise ValueError(f"line {number}: {_brief(error)}") from error
-        if not isinstance(document, dict) or not isinstance(document.get("text"), str):
-            raise ValueError(f"line {number}: no field text that holds text")
-        yield document["text"]
+            problem = f"line {number}: {_brief(error)}"
+            if bad is None:
+                raise ValueError(problem) from error
+            bad.append(problem)
+
+
+def _document(line: bytes) -> str:
+    document = json.loads(line.decode())
+    if not isinstance(document, dict) or not isinstance(document.get("text"), str):
+        raise ValueError("no field text that holds text")
+    return document["text"]
 
 
 @lru_cache(maxsize=len(SPLITS))

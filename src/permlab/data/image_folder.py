@@ -1,8 +1,10 @@
 """Images in one folder per class: ImageNet, Functional Map of the World, or your own."""
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import cache
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -42,6 +44,9 @@ class ImageFolder:
             part (8 to 100 % of the area, 3:4 to 4:3) instead of the centre, and mirrors.
         normalise: take off ImageNet's mean and divide by its deviation; otherwise pixels are 0..1.
         val_fraction: part of `train` that is validation; without effect where there is `test`.
+        on_corrupt: `stop` at the first image that cannot be read, when it is fetched; `skip` decodes
+            every image once before training, leaves out those that cannot be read, says how many
+            and which is the first, and counts them. Each process does so, with a thread per CPU.
     Raises:
         ValueError: if `resize` is less than `image_size`, or `val_fraction` is not in (0, 0.5].
     Source: crop and flip of `flip`: REOrder, arXiv:2505.23751; `crop_flip`: Szegedy et al. 2014, arXiv:1409.4842.
@@ -61,6 +66,7 @@ class ImageFolder:
         augment: Literal["none", "flip", "crop_flip"],
         normalise: bool,
         val_fraction: Fraction,
+        on_corrupt: Literal["stop", "skip"] = "stop",
     ) -> None:
         if resize < image_size:
             raise ValueError(f"resize {resize} is less than image_size {image_size}: the crop would have a border")
@@ -68,6 +74,14 @@ class ImageFolder:
             raise ValueError(f"val_fraction {val_fraction}: expected more than 0 and at most 0.5")
         self.root, self.image_size, self.resize, self.channels = Path(root), image_size, resize, channels
         self.patch_size, self.augment, self.normalise, self.val_fraction = patch_size, augment, normalise, val_fraction
+        self.on_corrupt = on_corrupt
+        # Files left out so far, by folder; the order of the others, and so every batch, is the same on all ranks.
+        self._skipped: dict[str, int] = {}
+
+    @property
+    def num_skipped(self) -> int:
+        """Unreadable images left out of the splits that were asked for."""
+        return sum(self._skipped.values())
 
     def spec(self) -> DataSpec:
         """Shape of the images, and the number of class folders.
@@ -86,6 +100,10 @@ class ImageFolder:
         has_test = "test" in self._splits()
         folder = split if has_test else {"train": "train", "val": "train", "test": "val"}[split]
         names, labels = _scan(self.root / folder, self._classes())
+        if self.on_corrupt == "skip":
+            readable = _readable(self.root / folder, self._classes(), self.channels)
+            self._skipped[folder] = int((~readable).sum())
+            names, labels = names[readable], labels[readable]
         if folder == "train" and not has_test:
             is_val = stratified_part(labels, self.val_fraction, seed)
             chosen = is_val if split == "val" else ~is_val
@@ -159,3 +177,39 @@ def _scan(folder: Path, classes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarra
         names += found
         labels += [label] * len(found)
     return np.array(names), np.array(labels, dtype=np.int64)
+
+
+@cache
+def _readable(folder: Path, classes: tuple[str, ...], channels: int) -> np.ndarray:
+    """Mask of the images of `_scan` that can be decoded; a warning says what is left out.
+
+    Raises:
+        ValueError: naming the folder of a class of which nothing is left.
+    """
+    from permlab.data.image import read_image
+
+    names, labels = _scan(folder, classes)
+    mode = "L" if channels == 1 else "RGB"
+
+    def problem(name: bytes) -> str | None:
+        try:
+            read_image(folder / os.fsdecode(name), mode)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    with ThreadPool(os.cpu_count()) as pool:
+        problems = pool.map(problem, names)
+    readable = np.array([found is None for found in problems])
+    empty = sorted(set(range(len(classes))) - set(labels[readable].tolist()))
+    if empty:
+        first = next(found for found, label in zip(problems, labels, strict=True) if label == empty[0])
+        raise ValueError(f"{folder / classes[empty[0]]}: holds no readable image; the first: {first}")
+    if not readable.all():
+        first = next(found for found in problems if found is not None)
+        warnings.warn(
+            f"data.on_corrupt=skip: {(~readable).sum()} of {len(names)} images in {folder} left out; "
+            f"the first: {first}",
+            stacklevel=2,
+        )
+    return readable

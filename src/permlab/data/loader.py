@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from permlab.errors import ConfigError
+from permlab.errors import ConfigError, RunError
 
 
 class Batchable(Protocol):
@@ -50,6 +50,16 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
+def worker_died(error: RuntimeError) -> str:
+    """One line about a worker process that is gone; what it was doing went with it."""
+    reason = " ".join(str(error).split()).rstrip(".")
+    return (
+        f"data: a worker process died ({reason}): out of memory, or a file that crashes its decoder; "
+        "lower data.num_workers, or set data.num_workers=0 to see it happen; "
+        "the same command goes on from the last checkpoint"
+    )
+
+
 @contextmanager
 def data_errors() -> Iterator[None]:
     """Turns what a dataset says of its files into an error of the configuration, which ends a run with one line."""
@@ -59,6 +69,10 @@ def data_errors() -> Iterator[None]:
         # From a worker process the message is that process's traceback, which ends in the error.
         lines = str(error).strip().splitlines() or [repr(error)]
         raise ConfigError(f"data: {lines[-1].removeprefix('ValueError: ')}") from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunError(worker_died(error)) from error
 
 
 class Loader:

@@ -51,6 +51,12 @@ class DataModule(L.LightningDataModule):
     def test_dataloader(self) -> Loader:
         return self._loader("test")
 
+    def statistics(self) -> dict[str, float]:
+        """What is said of the data in a run's summary: how much could not be read and was left out."""
+        if getattr(self.component, "on_corrupt", "stop") != "skip":
+            return {}
+        return {"data/num_skipped": float(self.component.num_skipped)}
+
     def sample(self, split: str, count: int) -> list[tuple[Tensor, Tensor]]:
         """Up to `count` samples of a split, the same ones for the same seed, in batches.
 

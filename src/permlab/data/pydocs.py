@@ -48,6 +48,10 @@ class Pydocs:
 
     kind: ClassVar[str] = "text"
 
+    no_effect: ClassVar[dict[str, tuple[str, list]]] = {
+        "vocab_size": ("tokenizer", ["byte"]),
+    }
+
     def __init__(
         self,
         *,

@@ -1,5 +1,8 @@
 """Every figure of a run, from the files in its directory."""
 
+import warnings
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +14,10 @@ from permlab.rundir import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+# What a file of the run raises that was cut short or garbled since it was written.
+UNREADABLE_ARRAYS = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 def draw_all(run_dir: Path) -> list[Path]:
@@ -26,7 +33,12 @@ def draw_all(run_dir: Path) -> list[Path]:
     paths = []
     with matplotlib.rc_context(style()):
         for name, draw in FIGURES.items():
-            figure = draw(run_dir)
+            try:
+                figure = draw(run_dir)
+            except (*UNREADABLE_ARRAYS, IndexError, AttributeError, RuntimeError) as error:
+                # A picture is not worth the results it shows.
+                warnings.warn(f"figures/{name}.png is not drawn: {type(error).__name__}: {error}", stacklevel=2)
+                continue
             if figure is not None:
                 paths.append(run_dir / "figures" / f"{name}.png")
                 save_figure(figure, paths[-1])

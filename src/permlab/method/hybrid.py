@@ -36,6 +36,13 @@ class Hybrid(Sinkhorn):
 
     tasks: ClassVar[tuple[str, ...] | None] = ("prune",)
 
+    no_effect: ClassVar[dict[str, tuple[str, list]]] = {
+        "width": ("cost", ["table"]),
+        "jitter": ("start", ["random"]),
+        "start_scale": ("start", ["zero"]),
+        "num_search_swaps": ("search", ["swap_search", "deal_and_match", "none"]),
+    }
+
     def __init__(
         self,
         site: Site,

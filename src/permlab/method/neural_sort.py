@@ -1,6 +1,6 @@
 """Sorting by score, relaxed through sums of pairwise distances."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -40,6 +40,10 @@ class NeuralSort(ScoreMethod):
         >>> NeuralSort(site, temperature=3.0, estimator="straight_through", **options)().order
         tensor([2, 0, 1])
     """
+
+    no_effect: ClassVar[dict[str, tuple[str, list]]] = {
+        "width": ("scorer", ["vector", "linear"]),
+    }
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """A Plackett-Luce law over orders, learned by REINFORCE from the model's reward."""
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -65,6 +65,10 @@ class Reorder(Method):
 
     baseline: Tensor
     baseline_started: Tensor
+
+    no_effect: ClassVar[dict[str, tuple[str, list]]] = {
+        "baseline_momentum": ("baseline", ["leave_one_out"]),
+    }
 
     def __init__(
         self,
@@ -152,10 +156,15 @@ class Reorder(Method):
         return reward - self._follow(_mean_over_ranks(reward.mean()))
 
     def _follow(self, reward: Tensor) -> Tensor:
-        """The baseline before this reward (the reward itself if it is the first), then move it on."""
+        """The baseline before this reward (the reward itself if it is the first), then move it on.
+
+        A reward that is not finite belongs to a step that is not made, and leaves it where it was.
+        """
         before = torch.where(self.baseline_started, self.baseline, reward)
-        self.baseline.copy_(self.baseline_momentum * before + (1 - self.baseline_momentum) * reward)
-        self.baseline_started.fill_(True)
+        after = self.baseline_momentum * before + (1 - self.baseline_momentum) * reward
+        counts = reward.isfinite()
+        self.baseline.copy_(torch.where(counts, after, self.baseline))
+        self.baseline_started.logical_or_(counts)
         return before
 
     def _sample_axes(self, items: Tensor | None) -> list[int]:

@@ -1,6 +1,6 @@
 """A score per slot and item, made doubly stochastic by Sinkhorn's iteration, with or without noise."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -60,6 +60,12 @@ class Sinkhorn(Method):
         >>> Sinkhorn(site, temperature=0.3, estimator="straight_through", **options, **start)().order
         tensor([2, 0, 1])
     """
+
+    no_effect: ClassVar[dict[str, tuple[str, list]]] = {
+        "width": ("cost", ["table"]),
+        "jitter": ("start", ["random"]),
+        "start_scale": ("start", ["zero"]),
+    }
 
     def __init__(
         self,
@@ -126,7 +132,8 @@ class Sinkhorn(Method):
         return scores.clamp(-MAX_SCORE, MAX_SCORE)
 
     def _assign(self, table: Float[Tensor, "*b g m m"]) -> Int64[Tensor, "*b n"]:
-        return self.merge_orders(assign(table.detach()))
+        # NaN is for the task to see and name, in the soft matrix or the loss, not for the assignment to raise at.
+        return self.merge_orders(assign(table.detach().nan_to_num(nan=-MAX_SCORE)))
 
     def _relax(self, table: Float[Tensor, "*b g m m"]) -> Float[Tensor, "*b n n"]:
         return self.merge_matrices(sinkhorn(table, temperature=self.temperature, num_iters=self.num_iters))

@@ -1,6 +1,6 @@
 """The differentiable permutation layer: score, sort, and a surrogate for the one-hot matrix."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -54,6 +54,12 @@ class Sort(ScoreMethod):
                 [0.9300, 0.0300, 0.0300],
                 [0.0300, 0.9700, 0.0000]])
     """
+
+    no_effect: ClassVar[dict[str, tuple[str, list]]] = {
+        "width": ("scorer", ["vector", "linear"]),
+        "power": ("surrogate", ["product"]),
+        "temperature": ("surrogate", ["product"]),
+    }
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -66,6 +66,14 @@ class Llama(Backbone):
     """
 
     reads = ("image", "text")
+
+    no_effect: ClassVar[dict[str, tuple[str, list]]] = {
+        "rope_theta": ("position", ["item", "none"]),
+        "rope_factor": ("position", ["item", "none"]),
+        "readout": ("kind", ["text"]),
+        "patch_size": ("kind", ["text"]),
+        "tie_embeddings": ("kind", ["image"]),
+    }
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,16 @@ class QwenVl(Backbone):
     """
 
     reads = ("image", "text")
+
+    no_effect: ClassVar[dict[str, tuple[str, list]]] = {
+        "merge_size": ("kind", ["text"]),
+        "patch_size": ("kind", ["text"]),
+        "vision_width": ("kind", ["text"]),
+        "vision_depth": ("kind", ["text"]),
+        "vision_heads": ("kind", ["text"]),
+        "vision_mlp_width": ("kind", ["text"]),
+        "tie_embeddings": ("kind", ["image"]),
+    }
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """A linear time-invariant state-space probe: the smallest model whose accuracy depends on the order."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from permlab.data.spec import DataSpec
 from permlab.model.base import Backbone, free_of_decay, patchify
-from permlab.option import PositiveInt
+from permlab.option import PositiveInt, Range
 
 # Keeps every decay below one even where softplus underflows; a memory of a million slots loses nothing.
 _MIN_RATE = 1e-6
@@ -58,8 +58,8 @@ class SsmProbe(Backbone):
         *,
         patch_size: PositiveInt,
         num_states: PositiveInt,
-        dt_min: float,
-        dt_max: float,
+        dt_min: Annotated[float, Range(ge=-30, le=30)],
+        dt_max: Annotated[float, Range(ge=-30, le=30)],
         position: Literal["item", "slot", "none"],
         readout: Literal["last", "mean"],
         direction: Literal["forward", "bidirectional"],

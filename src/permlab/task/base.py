@@ -14,8 +14,10 @@ from permlab.errors import NonFiniteError
 from permlab.method.base import Method
 from permlab.model.base import Backbone
 from permlab.optim import build_optimizer
+from permlab.permutation import PermutationSample
 from permlab.sparsity.site_methods import SiteMethods
 from permlab.strategy import ShardedBackbone
+from permlab.task.guard import LAST_GOOD, NonFiniteGuard, first_bad, first_bad_gradient, remedy
 from permlab.task.score import Scores, scores_of
 
 
@@ -42,6 +44,10 @@ class Task(L.LightningModule):
         super().__init__()
         self.spec, self.model, self.method, self.optim, self.seed = spec, model, method, dict(optim), seed
         self.num_steps = 1
+        self.guard = NonFiniteGuard()
+        self.started = False  # whether training has begun, all that a checkpoint restores being restored
+        # Of model and permutation, since the last logged step: how often their gradient was clipped, in how many steps.
+        self._clips: dict[str, list[float]] = {}
         # Other weights of the model that are tested beside its own, by name; filled by `finish`.
         self.variants: dict[str, dict[str, Tensor]] = {}
         self.scores = nn.ModuleDict({split: scores_of(spec) for split in ("val", "test")})
@@ -118,6 +124,9 @@ class Task(L.LightningModule):
 
     # Training
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.started = True
+
     def _all_but_method(self) -> nn.Module:
         """The backbone and what a task learns beside it, by name."""
         return nn.ModuleDict({name: module for name, module in self.named_children() if name != "method"})
@@ -159,23 +168,76 @@ class Task(L.LightningModule):
                 norm = nn.utils.clip_grad_norm_(parameters, limit)
             if not scaled and not torch.isfinite(norm):
                 key = "method.lr or raise method.temperature" if name == "permutation" else "optim.lr"
-                raise NonFiniteError(
+                self.guard.report(
                     f"step {self.global_step}: gradient norm of the {name} is {norm.item()} "
-                    f"({_first_bad_gradient(module)}); lower {key}"
+                    f"({first_bad_gradient(module)}); lower {key}"
                 )
-            if self._is_log_step():
-                self._record({f"{name}/grad_norm": norm})
+            self._log_clipping(name, norm, limit)
+        if self.guard.leaves_out(self.device):
+            self._leave_out()
+
+    def _log_clipping(self, name: str, norm: Tensor, limit: float) -> None:
+        """The gradient's norm at logged steps, and in which part of the steps since the last one it was clipped."""
+        clips = self._clips.setdefault(name, [0.0, 0.0])
+        clips[0] += float(norm > limit)
+        clips[1] += 1
+        if self._is_log_step():
+            fraction = torch.tensor(clips[0] / clips[1])
+            self._record({f"{name}/grad_norm": norm, f"{name}/clipped": fraction})
+            del self._clips[name]
+
+    def _leave_out(self) -> None:
+        """Make this optimiser step none: what has no gradient is not moved, nor is its state."""
+        for parameter in self.parameters():
+            parameter.grad = None
+        self._record({"train/skipped": torch.tensor(float(self.guard.num_skipped))})
 
     def _check_finite(self, loss: Tensor, tensors: Mapping[str, Tensor | None]) -> None:
+        """Report the first tensor that made the loss NaN or infinite."""
         if torch.isfinite(loss):
             return
         weights = {f"weight {name}": weight for name, weight in self.named_parameters()}
-        suspects = {**weights, **tensors}
-        bad = [name for name, value in suspects.items() if value is not None and not torch.isfinite(value).all()]
-        raise NonFiniteError(
-            f"step {self.global_step}: the loss is {loss.item()}; first non-finite tensor: {[*bad, 'loss'][0]}; "
-            "lower optim.lr or method.lr, or raise method.temperature; checkpoints/last.ckpt is the last good state"
+        name = first_bad({**weights, **tensors}) or "loss"
+        self.guard.report(
+            f"step {self.global_step}: the loss is {loss.item()}; first non-finite tensor: {name}; {remedy(name)}"
         )
+
+    def _is_learnable(self, samples: Mapping[str, PermutationSample], **inputs: Tensor) -> bool:
+        """Whether scores and relaxations are finite; reports what is not, which need not show in the loss."""
+        drawn: dict[str, Tensor | None] = {f"weight method.{k}": v for k, v in self.method.named_parameters()}
+        for name, sample in samples.items():
+            drawn |= {f"soft matrix of {name}": sample.soft, f"log_prob of {name}": sample.log_prob}
+        if first_bad(drawn) is None:
+            return True
+        weights = {f"weight {name}": weight for name, weight in self.named_parameters()}
+        bad = first_bad({**weights, **inputs, **drawn})
+        assert bad is not None
+        self.guard.report(f"step {self.global_step}: first non-finite tensor: {bad}; {remedy(bad)}")
+        return False
+
+    def _no_loss(self) -> Tensor:
+        """Stands for the loss of a step that is not made, through every parameter: other ranks wait for gradients."""
+        learned = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.stack([0.0 * parameter.sum() for parameter in learned]).sum()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to write weights that are not finite over those that were.
+
+        Raises:
+            NonFiniteError: naming the weight.
+        """
+        bad = first_bad(dict(self.named_parameters()))
+        if bad is not None:
+            what = f"weight {bad}"
+            raise NonFiniteError(
+                f"step {self.global_step}: first non-finite tensor: {what}; {remedy(what)}; {LAST_GOOD}"
+            )
+        checkpoint["guard"] = self.guard.state_dict()
+        checkpoint["clips"] = {name: list(counts) for name, counts in self._clips.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.guard.load_state_dict(checkpoint.get("guard", {"num_skipped": 0}))
+        self._clips = {name: list(counts) for name, counts in checkpoint.get("clips", {}).items()}
 
     def _is_log_step(self) -> bool:
         return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
@@ -195,10 +257,3 @@ class Task(L.LightningModule):
             self._all_but_method(), self.method, self.optim, num_steps=self.num_steps
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def _first_bad_gradient(module: nn.Module) -> str:
-    for name, parameter in module.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-            return f"first in {name}"
-    return "by overflow of the sum"

@@ -1,7 +1,7 @@
 """Classify images whose patches are read in a learned order."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,10 @@ class Classify(Task):
     """
 
     method: Method
+
+    no_effect: ClassVar[dict[str, tuple[str, list]]] = {
+        "distill_temperature": ("distill_weight", [0]),
+    }
 
     def __init__(
         self,
@@ -93,6 +97,8 @@ class Classify(Task):
         images, labels = batch
         items = self.model.embed(images)
         sample = self.method(items, generator=self._noise(batch_idx))
+        if not self._is_learnable({"patches": sample}, images=images, items=items):
+            return self._no_loss()
         permuted = permute(items, sample)
         features = self.model.encode(permuted.flatten(0, -3))
         logits = self.model.head(features).unflatten(0, permuted.shape[:-2])

@@ -119,6 +119,16 @@ class Prune(Task):
     permutes: ClassVar[str] = "weights"
     method: SiteMethods
 
+    no_effect: ClassVar[dict[str, tuple[str, list]]] = {
+        "power": ("pruner", ["magnitude", "wanda", "sparsegpt"]),
+        "damping": ("pruner", ["magnitude", "wanda", "ria"]),
+        "block_size": ("num_groups", ["<set>"]),
+        "distill_kind": ("distill_weight", [0]),
+        "distill_over": ("distill_weight", [0]),
+        "dense_steps": ("dense", ["<set>"]),
+        "sequence_length": ("kind", ["image"]),
+    }
+
     def __init__(
         self,
         spec: DataSpec,
@@ -249,6 +259,8 @@ class Prune(Task):
         inputs, targets = batch
         self.reading.eval()
         samples = self.method.sample(self._noise(batch_idx))
+        if not self._is_learnable(samples):
+            return self._no_loss()
         with torch.no_grad(), self._states() as states:
             dense_logits = self.reading(inputs)
         dense_states = dict(states)
@@ -256,7 +268,8 @@ class Prune(Task):
         losses = [self._losses(inputs, targets, dense_logits, dense_states, draw) for draw in draws]
         total = torch.stack([torch.stack(list(terms.values())).sum() for terms in losses])
         loss = total.mean() + self._policy_loss(samples, -total.detach()) + self._untouched_parameters()
-        self._check_finite(loss, {f"soft matrix of {name}": sample.soft for name, sample in samples.items()})
+        terms = {f"{name} loss": value for losses_of_draw in losses for name, value in losses_of_draw.items()}
+        self._check_finite(loss, {"inputs": inputs.float(), "logits of the dense model": dense_logits, **terms})
         if self._is_log_step():
             named = {f"train/{name}": value.detach() for name, value in losses[0].items()}
             self._record({"train/loss": loss.detach(), **named})

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from permlab.assembly import assemble, load_weights
 from permlab.data.spec import DataSpec
+from permlab.dense import read_config
 from permlab.errors import ConfigError
 from permlab.permutation import permute
 
@@ -19,7 +19,7 @@ class RunTeacher(nn.Module):
 
     def __init__(self, run_dir: Path) -> None:
         super().__init__()
-        parts = assemble(yaml.safe_load((run_dir / "config.yaml").read_text()))
+        parts = assemble(read_config(run_dir))
         self.model, self.method, self.spec = parts.model, parts.method, parts.spec
         load_weights(run_dir / "checkpoints" / "best.ckpt", ("model", self.model), ("method", self.method))
 
