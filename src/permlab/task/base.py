@@ -17,7 +17,7 @@ from permlab.optim import build_optimizer
 from permlab.permutation import PermutationSample
 from permlab.sparsity.site_methods import SiteMethods
 from permlab.strategy import ShardedBackbone
-from permlab.task.guard import LAST_GOOD, NonFiniteGuard, first_bad, first_bad_gradient, remedy
+from permlab.task.guard import LAST_GOOD, REMEDY, NonFiniteGuard, first_bad, first_bad_gradient, remedy
 from permlab.task.score import Scores, scores_of
 
 
@@ -47,7 +47,7 @@ class Task(L.LightningModule):
         self.guard = NonFiniteGuard()
         self.started = False  # whether training has begun, all that a checkpoint restores being restored
         # Of model and permutation, since the last logged step: how often their gradient was clipped, in how many steps.
-        self._clips: dict[str, list[float]] = {}
+        self._clips: dict[str, list[Any]] = {}  # steps clipped and steps, by group
         # Other weights of the model that are tested beside its own, by name; filled by `finish`.
         self.variants: dict[str, dict[str, Tensor]] = {}
         self.scores = nn.ModuleDict({split: scores_of(spec) for split in ("val", "test")})
@@ -166,23 +166,30 @@ class Task(L.LightningModule):
                 norm = self.trainer.strategy.clip(self.method, limit)
             else:
                 norm = nn.utils.clip_grad_norm_(parameters, limit)
-            if not scaled and not torch.isfinite(norm):
-                key = "method.lr or raise method.temperature" if name == "permutation" else "optim.lr"
+            key = "method.lr or raise method.temperature" if name == "permutation" else "optim.lr"
+            if self.guard.looks_later(self.device):
+                if not scaled:
+                    what = f"step {self.global_step}: the gradient norm of the {name} is not finite; lower {key}"
+                    self.guard.note({name: norm}, what)
+            elif not scaled and not torch.isfinite(norm):
                 self.guard.report(
                     f"step {self.global_step}: gradient norm of the {name} is {norm.item()} "
                     f"({first_bad_gradient(module)}); lower {key}"
                 )
             self._log_clipping(name, norm, limit)
+        if self.guard.looks_later(self.device):
+            if not self._is_log_step():
+                return
+            self.guard.look()
         if self.guard.leaves_out(self.device):
             self._leave_out()
 
     def _log_clipping(self, name: str, norm: Tensor, limit: float) -> None:
         """The gradient's norm at logged steps, and in which part of the steps since the last one it was clipped."""
-        clips = self._clips.setdefault(name, [0.0, 0.0])
-        clips[0] += float(norm > limit)
-        clips[1] += 1
+        clipped, steps = self._clips.get(name, [0.0, 0.0])
+        clips = self._clips[name] = [clipped + (norm.detach() > limit).double(), steps + 1]
         if self._is_log_step():
-            fraction = torch.tensor(clips[0] / clips[1])
+            fraction = clips[0] / clips[1]
             self._record({f"{name}/grad_norm": norm, f"{name}/clipped": fraction})
             del self._clips[name]
 
@@ -194,6 +201,10 @@ class Task(L.LightningModule):
 
     def _check_finite(self, loss: Tensor, tensors: Mapping[str, Tensor | None]) -> None:
         """Report the first tensor that made the loss NaN or infinite."""
+        if self.guard.looks_later(self.device):
+            message = f"step {self.global_step}: first non-finite tensor: {{name}}; {REMEDY}"
+            self.guard.note({**tensors, "loss": loss}, message)
+            return
         if torch.isfinite(loss):
             return
         weights = {f"weight {name}": weight for name, weight in self.named_parameters()}
@@ -207,6 +218,10 @@ class Task(L.LightningModule):
         drawn: dict[str, Tensor | None] = {f"weight method.{k}": v for k, v in self.method.named_parameters()}
         for name, sample in samples.items():
             drawn |= {f"soft matrix of {name}": sample.soft, f"log_prob of {name}": sample.log_prob}
+        if self.guard.looks_later(self.device):
+            message = f"step {self.global_step}: first non-finite tensor: {{name}}; {remedy('weight method.')}"
+            self.guard.note(drawn, message)
+            return True
         if first_bad(drawn) is None:
             return True
         weights = {f"weight {name}": weight for name, weight in self.named_parameters()}
@@ -226,6 +241,8 @@ class Task(L.LightningModule):
         Raises:
             NonFiniteError: naming the weight.
         """
+        self.guard.look()
+        self.guard.leaves_out(self.device)
         bad = first_bad(dict(self.named_parameters()))
         if bad is not None:
             what = f"weight {bad}"
@@ -233,7 +250,7 @@ class Task(L.LightningModule):
                 f"step {self.global_step}: first non-finite tensor: {what}; {remedy(what)}; {LAST_GOOD}"
             )
         checkpoint["guard"] = self.guard.state_dict()
-        checkpoint["clips"] = {name: list(counts) for name, counts in self._clips.items()}
+        checkpoint["clips"] = {name: [float(x) for x in counts] for name, counts in self._clips.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.guard.load_state_dict(checkpoint.get("guard", {"num_skipped": 0}))

@@ -17,7 +17,9 @@ class NonFiniteGuard:
     """Collects what is wrong with a step, and decides at its end: stop the run, or leave the step out.
 
     The decision is taken once per optimiser step and by all ranks together, so that weights and
-    optimisers stay alike and no rank waits for one that has stopped.
+    optimisers stay alike and no rank waits for one that has stopped. A device that is not the CPU
+    would have to wait for every look at its numbers: there a run that is to `stop` looks at what it
+    has noted at logged steps and before a checkpoint is written, and still names the step.
 
     Args:
         on_nonfinite: `stop` the run, or `skip` the optimiser step.
@@ -33,6 +35,28 @@ class NonFiniteGuard:
         self.on_nonfinite, self.max_skips = on_nonfinite, max_skips
         self.num_skipped = 0
         self._found: str | None = None
+        self._noted: list[tuple[Tensor, list[str]]] = []
+
+    def looks_later(self, device: torch.device) -> bool:
+        """Whether a look at a number is put off, as the device would have to wait for it."""
+        return device.type != "cpu" and self.on_nonfinite == "stop"
+
+    def note(self, tensors: Mapping[str, Tensor | None], message: str) -> None:
+        """Have these tensors looked at by `look`; `{name}` in the message stands for the first that is not finite."""
+        present = {name: value for name, value in tensors.items() if value is not None}
+        if present:
+            flags = torch.stack([torch.isfinite(value).all() for value in present.values()])
+            self._noted.append((flags, [message.replace("{name}", name) for name in present]))
+
+    def look(self) -> None:
+        """Report the first of the noted tensors that is not finite."""
+        noted, self._noted = self._noted, []
+        if not noted or torch.cat([flags for flags, _ in noted]).all():
+            return
+        messages = [
+            message for flags, names in noted for message, good in zip(names, flags.tolist(), strict=True) if not good
+        ]
+        self.report(messages[0])
 
     def report(self, what: str) -> None:
         """Remember what is wrong with this step; only the first counts, the others follow from it."""
