@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from runs import Result, train
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import permlab.run
 from permlab.errors import NonFiniteError
@@ -152,3 +153,65 @@ def test_how_often_gradients_were_clipped_is_logged(tmp_path: Path) -> None:
     for result, expected in ((tight, 1.0), (loose, 0.0)):
         for name in ("model/clipped", "permutation/clipped"):
             assert next(line[name] for line in result.metrics if name in line) == expected
+
+
+# A device that would have to wait
+
+
+class NoLooking(TorchDispatchMode):
+    """Fails where a tensor's value is fetched, which on another device than the CPU waits for all that was queued."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket._qualified_op_name
+        assert name not in ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero"), name
+        return function(*arguments, **(options or {}))
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU in the part of another device: no compiled kernels, and looks are put off."""
+    monkeypatch.setattr(NonFiniteGuard, "looks_later", lambda self, device: self.on_nonfinite == "stop")
+    for name in ("sinkhorn", "sorting", "plackett_luce"):
+        monkeypatch.setattr(f"permlab.ops.{name}.is_readable", lambda tensor: False)
+    monkeypatch.setattr("permlab.ops.plackett_luce.check_order", lambda order: None)
+
+
+@pytest.mark.parametrize("method", ["fixed", "sort_ste", "sort_softmax", "neural_sort", "sinkhorn", "reorder"])
+def test_no_step_fetches_a_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: None, method: str) -> None:
+    class Watch(L.Callback):
+        seen = 0
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            batch_step, batch_clip = pl_module.training_step, pl_module.configure_gradient_clipping
+
+            def step(*arguments):
+                with NoLooking():
+                    return batch_step(*arguments)
+
+            def clip(*arguments, **options):
+                Watch.seen += 1
+                with NoLooking():
+                    return batch_clip(*arguments, **options)
+
+            if trainer.global_step == 0:
+                pl_module.training_step, pl_module.configure_gradient_clipping = step, clip
+
+    build = permlab.run._callbacks
+    monkeypatch.setattr(permlab.run, "_callbacks", lambda *parts: [*build(*parts), Watch()])
+    words = ("task.control=false", "trainer.log_every_n_steps=100", f"method={method}")
+    result = train(tmp_path, *words, steps=3)
+    assert result.code == 0, result.err
+    assert Watch.seen == 3
+
+
+@pytest.mark.parametrize("place", ["images", "scores", "gradient"])
+def test_a_late_look_still_names_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: None, place: str
+) -> None:
+    build = permlab.run._callbacks
+    poison = Poison(place, at=(3,))
+    monkeypatch.setattr(permlab.run, "_callbacks", lambda *parts: [*build(*parts), poison])
+    result = train(tmp_path, "task.control=false", "trainer.log_every_n_steps=8", "method=sort_ste", steps=24)
+    assert result.code == 1
+    assert "step 3:" in result.err
+    assert not (result.run_dir / "DONE").exists()
