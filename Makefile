@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help setup train test check sweep study-prune bench-prune lock clean
+.PHONY: help setup train test check sweep study-prune bench-prune soak lock clean
 
 help:  ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ study-prune: $(STAMP)  ## the miniature study of N:M pruning: run what is missin
 
 bench-prune: $(STAMP)  ## time the searches for channel orders against published figures (ARGS=--quick)
 	@$(BIN)/python benchmarks/prune.py $(ARGS)
+
+soak: $(STAMP)  ## kill runs fifty times at random and compare them with uninterrupted ones (ARGS="--kills 10")
+	@$(BIN)/python benchmarks/soak.py $(ARGS)
 
 check: $(STAMP)  ## format, lint, types, tests
 	$(BIN)/ruff format --check .

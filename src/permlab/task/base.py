@@ -178,6 +178,9 @@ class Task(L.LightningModule):
         )
 
     def _is_log_step(self) -> bool:
+        """Whether this batch makes an optimiser step, and that step is logged."""
+        if self.trainer.fit_loop.epoch_loop._should_accumulate():
+            return False  # a validation in the middle of a step still belongs to the one before
         return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
     def _record(self, values: Mapping[str, Tensor]) -> None:
