@@ -31,11 +31,17 @@ from permlab.rundir import is_done, read_metrics, read_summary
 from permlab.schema import CONF
 
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
-COMMON = ("logger.mode=disabled", "num_threads=1", "trainer.log_every_n_steps=1", "checkpoint.every_n_steps=5")
+COMMON = (
+    "logger.mode=disabled",
+    "data.batch_size=32",
+    "num_threads=1",
+    "trainer.log_every_n_steps=1",
+    "checkpoint.every_n_steps=5",
+)
 SCENARIOS = {
-    "train": ("task.control=false", "method=reorder", "data.num_workers=2", "trainer.max_steps=400"),
-    "prune": ("task=prune", "model=vit_nano", "method=sinkhorn_ste", "task.dense_steps=60", "trainer.max_steps=60"),
-    "multirun": ("-m", "task.control=false", "seed=0,1", "trainer.accumulate_grad_batches=2", "trainer.max_steps=150"),
+    "train": ("task.control=false", "method=reorder", "data.num_workers=2", "trainer.max_steps=60"),
+    "prune": ("task=prune", "model=vit_nano", "task.dense_steps=20", "task.num_samples=16", "trainer.max_steps=20"),
+    "multirun": ("-m", "task.control=false", "seed=0,1", "trainer.accumulate_grad_batches=2", "trainer.max_steps=30"),
 }
 EVERY = 5
 # Of a clock, or of the memory that a process happened to have.
@@ -109,6 +115,7 @@ def soak(scenario: str, folder: Path, kills: int, draw: random.Random) -> Result
     result = Result()
     whole = folder / f"{scenario}-whole"
     seconds = run_whole(scenario, whole)
+    print(f"{scenario}: {seconds:.0f} s without interruption", flush=True)
     trial = 0
     while sum(result.kills.values()) < kills:
         trial += 1

@@ -101,6 +101,8 @@ def _job(name: str, script: str, job: list[str], environment: dict[str, str], dr
     os.environ.clear()
     os.environ.update({k: v for k, v in environment.items() if k not in (*RANK_VARIABLES, *OTHER_VARIABLES)})
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A job inherits the server's way of starting processes; its loaders' workers would import everything anew.
+    multiprocessing.set_start_method(None, force=True)
     sys.argv = [script, *job]
     threading.Thread(target=_follow, args=(driver,), daemon=True, name="follow-driver").start()
     sys.exit(main(name, job))

@@ -20,7 +20,7 @@ from permlab.callback.permutation import PermutationLog
 from permlab.callback.progress import Progress
 from permlab.callback.ranks import RanksAgree, end_ranks
 from permlab.callback.resume import ResumeRandomState
-from permlab.callback.save import SaveState
+from permlab.callback.save import KeepBest, SaveState
 from permlab.callback.temperature import Temperature
 from permlab.checkpoint import LAST, CheckpointFiles, State, find_damage, newest_state, read_state
 from permlab.config import build, digest, run_directory
@@ -380,7 +380,7 @@ def _callbacks(config: Config, run_dir: Path, parts: Assembly, data: DataModule,
     folder = run_dir / "checkpoints"
     common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False, "save_on_train_epoch_end": False}
     monitor, mode = task.monitor
-    best = ModelCheckpoint(filename=_picked(task), monitor=monitor, mode=mode, save_weights_only=True, **common)
+    best = KeepBest(filename=_picked(task), monitor=monitor, mode=mode, save_weights_only=True, **common)
     items = task.permutes == "items"
     grid = (parts.model.height, parts.model.width) if items else None
     background = data.mean_image() if items and parts.spec.kind == "image" else None

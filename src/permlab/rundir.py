@@ -69,8 +69,9 @@ def finish_run(run_dir: Path, summary: Mapping[str, Any]) -> None:
 
 def fail_run(run_dir: Path, message: str) -> None:
     """Mark the run as failed, with the reason, if the directory still takes it."""
-    with suppress(OSError):
-        write_text(run_dir / "FAILED", message.rstrip() + "\n")
+    if run_dir.is_dir():
+        with suppress(OSError):
+            write_text(run_dir / "FAILED", message.rstrip() + "\n")
 
 
 def checksums(folder: Path, names: Iterable[str]) -> str:

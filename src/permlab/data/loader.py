@@ -1,6 +1,7 @@
 """Batches whose order is a function of seed and epoch, so that a resumed run sees what it would have seen."""
 
 import math
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -59,6 +60,12 @@ def data_errors() -> Iterator[None]:
         # From a worker process the message is that process's traceback, which ends in the error.
         lines = str(error).strip().splitlines() or [repr(error)]
         raise ConfigError(f"data: {lines[-1].removeprefix('ValueError: ')}") from error
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Schedulers and Ctrl-C signal every process of a job; the run still needs its workers until it has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Loader:
@@ -155,6 +162,7 @@ class Loader:
             num_workers=self.num_workers,
             collate_fn=_as_is,
             generator=generator,
+            worker_init_fn=_leave_signals_to_the_run,
         )
         return iter(loader)
 
