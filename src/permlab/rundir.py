@@ -282,15 +282,15 @@ def _write(path: Path, write: Callable[[IO[bytes]], Any], before: Callable[[], N
                 os.fsync(file.fileno())
             before()
             temporary.replace(path)
-            sync_folder(path.parent)
+            sync(path.parent)
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make new names in a folder outlast a failure of the machine, where the file system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, outlast a failure of the machine, where the file system can."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):
             os.fsync(descriptor)
