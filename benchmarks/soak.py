@@ -128,11 +128,8 @@ def run_under_fire(scenario: str, runs: Path, kills: int, seconds: float, draw: 
     """Start, kill, start again, until a start ends by itself."""
     for attempt in range(1000):
         process = start(words(scenario, runs), runs.with_suffix(".log"))
-        if sum(result.kills.values()) >= kills:
-            ended = wait(process, LIMIT)
-        else:
-            ended = wait(process, draw.random() * seconds)
-        if ended:
+        left = kills - sum(result.kills.values())
+        if wait(process, draw.random() * seconds if left else LIMIT):
             if process.exitcode:
                 result.problems.append(f"{runs.name}, start {attempt}: exit {process.exitcode} without a signal")
             return

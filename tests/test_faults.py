@@ -407,6 +407,24 @@ def test_a_signal_before_or_after_training_ends_the_run(
     same(resumed, whole)
 
 
+def test_workers_outlive_a_signal_that_everyone_gets(tmp_path: Path, at, whole: Result) -> None:
+    """As SLURM sends it: the workers have it before the run has saved."""
+
+    def everyone(trainer: L.Trainer) -> None:
+        for child in multiprocessing.active_children():
+            subprocess.run(["kill", "-TERM", str(child.pid)], check=True)  # not from their parent, who may end them
+        time.sleep(0.2)
+        signal.raise_signal(signal.SIGTERM)
+
+    at(1, everyone)
+    result = train(tmp_path, *OPTIONS, "data.num_workers=2", steps=STEPS)
+    assert result.code == 143, result.err
+    at(-1, None)
+    resumed = train(tmp_path, *OPTIONS, "data.num_workers=2", steps=STEPS)
+    assert resumed.code == 0, resumed.err
+    same(resumed, whole)
+
+
 def test_the_checkpoint_section_is_no_part_of_a_runs_name_and_is_checked(tmp_path: Path, capsys) -> None:
     names = {train(tmp_path, "task.control=false", word).run_dir for word in ("checkpoint.keep=3", "seed=0")}
     assert len(names) == 1

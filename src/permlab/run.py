@@ -28,7 +28,7 @@ from permlab.data.module import DataModule
 from permlab.dense import data_seed, dense_config, dense_directory, read_config, read_item_order
 from permlab.errors import ConfigError, Interrupted
 from permlab.figure.draw import draw_all
-from permlab.interrupt import keep_signals, stop_on_signals
+from permlab.interrupt import STOP, keep_signals, stop_on_signals
 from permlab.lock import RunLock
 from permlab.provenance import device_name
 from permlab.publish import export_run
@@ -157,6 +157,7 @@ def run_once(config: Config, *, announce: bool = False) -> Summary:
         try:
             with writing(run_dir):
                 summary = _run_all(config, run_dir, parts, data, task)
+                STOP.check()
                 finish_run(run_dir, summary)
         except Interrupted:
             raise
@@ -242,6 +243,7 @@ def fit_and_test(config: Config, run_dir: Path, parts: Assembly, data: DataModul
         L.seed_everything(config["seed"], verbose=False)
         if task.learns:
             trainer.fit(task, datamodule=data, ckpt_path=state.path if state else None, weights_only=True)
+        STOP.check()  # an exception that a signal raises in a destructor, say, gets lost
         summary = _statistics(parts, task, trainer)
         summary |= _finish(config, run_dir, task, data, trainer)
         if sharded:

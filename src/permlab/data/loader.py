@@ -1,7 +1,9 @@
 """Batches whose order is a function of seed and epoch, so that a resumed run sees what it would have seen."""
 
 import math
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -64,8 +66,16 @@ def data_errors() -> Iterator[None]:
 
 def _leave_signals_to_the_run(worker: int) -> None:
     """Schedulers and Ctrl-C signal every process of a job; the run still needs its workers until it has saved."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    numbers = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+    def obey_the_run() -> None:
+        while True:
+            received = signal.sigwaitinfo(numbers)
+            if received.si_pid == os.getppid() and received.si_signo == signal.SIGTERM:
+                os._exit(0)
+
+    threading.Thread(target=obey_the_run, daemon=True, name="worker-signals").start()
 
 
 class Loader:
