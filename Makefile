@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help setup train test check audit options sweep study-prune bench-prune lock clean
+.PHONY: help setup train test check audit options sweep study-prune bench bench-outer bench-prune soak lock clean
 
 help:  ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,8 +31,18 @@ sweep: $(STAMP)  ## run the grid of sweeps/NAME.yaml, or go on with it (NAME=pru
 study-prune: $(STAMP)  ## the miniature study of N:M pruning: run what is missing, write results/prune.md
 	@$(BIN)/python -m permlab.sweep --study prune $(ARGS)
 
+bench: $(STAMP)  ## our operations against other libraries and published formulas, then what surrounds them (ARGS=--quick)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python POT pygmtools mambapy || true
+	@$(BIN)/python benchmarks/ops.py --json results/bench.json --figure docs/images/bench.png $(ARGS)
+
+bench-outer: $(STAMP)  ## methods in a step, the harness, start-up, two ranks, a block of a 7B model (ARGS=startup for one)
+	@$(BIN)/python benchmarks/outer.py --json results/bench_outer.json $(ARGS)
+
 bench-prune: $(STAMP)  ## time the searches for channel orders against published figures (ARGS=--quick)
 	@$(BIN)/python benchmarks/prune.py $(ARGS)
+
+soak: $(STAMP)  ## kill runs fifty times at random and compare them with uninterrupted ones (ARGS="--kills 10")
+	@$(BIN)/python benchmarks/soak.py $(ARGS)
 
 check: $(STAMP)  ## format, lint, types, tests
 	$(BIN)/ruff format --check .

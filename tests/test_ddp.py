@@ -4,14 +4,19 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from permlab.checkpoint import newest_state
 from permlab.cli import main
+from permlab.rundir import read_metrics
 
 # Run by both ranks: the real command line, with a callback that compares the ranks after every batch.
 SCRIPT = """
+import os
+import signal
 import sys
 import lightning as L
 import torch
@@ -22,7 +27,15 @@ torch.set_num_threads(1)
 
 
 class Compare(L.Callback):
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        if trainer.global_rank == 1 and os.environ.get("DIE_AT") == str(trainer.global_step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if trainer.global_rank == 1 and os.environ.get("DRIFT_AT") == str(trainer.global_step):
+            pl_module.method.logits.data[-1] += 100
+
     def on_train_batch_end(self, trainer, pl_module, *_):
+        if "DRIFT_AT" in os.environ:
+            return
         method = pl_module.method
         state = {name: value.tolist() for name, value in method.state_dict().items()}
         mine = [method.best().tolist(), method.temperature, method.phase, state, str(trainer.default_root_dir)]
@@ -41,21 +54,24 @@ if __name__ == "__main__":
 """
 
 
+WORDS = [
+    *["trainer.max_steps=6", "trainer.log_every_n_steps=1", "logger.mode=disabled", "checkpoint.every_n_steps=2"],
+    *["method=reorder", "method.baseline=ema", "method.num_samples=2", "method.warmup_fraction=0.2"],
+]
+RANKS = ["trainer=ddp", "trainer.accelerator=cpu", "data.batch_size=32"]
+
+
+def run_ranks(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    (folder / "script.py").write_text(SCRIPT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    command = [sys.executable, str(folder / "script.py"), *RANKS, *WORDS, *words, f"paths.runs={folder / 'runs'}"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=240)
+
+
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     folder = tmp_path_factory.mktemp("ddp")
-    (folder / "script.py").write_text(SCRIPT)
-    words = [
-        "trainer=ddp",
-        "trainer.accelerator=cpu",
-        "trainer.max_steps=6",
-        "logger.mode=disabled",
-        "data.batch_size=32",
-    ]
-    words += ["method=reorder", "method.baseline=ema", "method.num_samples=2", "method.warmup_fraction=0.2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(folder / "script.py"), *words, f"paths.runs={folder / 'runs'}"]
-    return folder, subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=240)
+    return folder, run_ranks(folder)
 
 
 def test_ranks_agree_after_every_step(result: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -79,4 +95,41 @@ def test_ranks_share_one_directory_and_eval_needs_only_one_of_them(
     assert len(printed) == 4
     assert all(float(value) == pytest.approx(summary[name], abs=1e-6) for name, value in printed.items())
     steps = [json.loads(line)["step"] for line in (learned / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [6]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_metrics_are_those_of_one_process_with_the_same_global_batch(
+    result: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    folder, _ = result
+    assert main("train", [*WORDS, "data.batch_size=64", "task.control=false", f"paths.runs={tmp_path}"]) == 0
+    (one,) = tmp_path.rglob("DONE")
+    two = next(path.parent for path in (folder / "runs").rglob("DONE") if "reorder" in str(path))
+    ours, theirs = read_metrics(one.parent), read_metrics(two)
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    for row, other in zip(ours, theirs, strict=True):
+        assert row == pytest.approx(other, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("DIE_AT", "error: rank 1 (process "),
+        ("DRIFT_AT", "error: step 5: rank 1 differs from rank 0 in: orders"),
+    ],
+)
+def test_a_rank_that_dies_or_drifts_ends_the_run_with_one_line_and_a_whole_state(
+    variable: str, message: str, tmp_path: Path
+) -> None:
+    began = time.monotonic()
+    process = run_ranks(tmp_path, "task.control=false", **{variable: "4"})
+    assert process.returncode == 1, process.stderr[-3000:]
+    assert time.monotonic() - began < 200  # of which most is starting
+    lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert any(line.startswith(message) for line in lines), process.stderr[-3000:]
+    assert "Traceback" not in process.stderr
+    (folder,) = tmp_path.rglob("checkpoints")
+    state, damaged = newest_state(folder)
+    assert state is not None
+    assert (state.step, damaged) == (4, {})
+    assert not list(tmp_path.rglob("DONE"))

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
+from permlab.checkpoint import find_damage
 from permlab.config import build, data_spec
 from permlab.data.spec import DataSpec
 from permlab.errors import ConfigError
@@ -191,6 +192,9 @@ def load_weights(path: Path, *modules: tuple[str, nn.Module]) -> None:
     Raises:
         ConfigError: if the file cannot be read or holds another model's weights.
     """
+    problem = find_damage(path)
+    if problem:
+        raise ConfigError(f"checkpoint {path}: {problem}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):

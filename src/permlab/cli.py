@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from permlab.compose import compose_config, parse_overrides, resolve_train
 from permlab.config import run_directory
-from permlab.errors import ConfigError, RunError
+from permlab.errors import ConfigError, Interrupted, RunError
 from permlab.schema import CONF, component_names, nearest
 from permlab.secret import redact
 
@@ -41,7 +41,7 @@ def main(name: str, arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return _dispatch(name, list(arguments))
-    except RunError as error:
+    except (RunError, Interrupted) as error:
         if os.environ.get("PERMLAB_DEBUG") == "1":
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -65,7 +65,7 @@ def main(name: str, arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return redact(" ".join(str(error).split()))
 
 

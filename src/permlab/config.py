@@ -41,6 +41,8 @@ from permlab.schema import (
 )
 from permlab.secret import leaks
 
+# Parts of the root that are no choice of a file.
+SECTIONS = ("paths", "checkpoint")
 # Where a run is made, not what it computes: left out of the hash that names the run.
 MACHINE_KEYS = (
     "seed",
@@ -48,6 +50,7 @@ MACHINE_KEYS = (
     "num_threads",
     "ckpt_path",
     "paths",
+    "checkpoint",
     "logger",
     "data.num_workers",
     "optim.name",
@@ -142,7 +145,7 @@ def drop_ineffective(config: dict[str, Any]) -> list[str]:
 def validate(config: Mapping[str, Any]) -> list[str]:
     """Every problem of a composed configuration, as `key=value: what is wrong; nearest valid choice`."""
     problems = _check_safety(config)
-    for group in ("", "paths", *GROUPS):
+    for group in ("", *SECTIONS, *GROUPS):
         settings = config if group == "" else config.get(group)
         if not isinstance(settings, Mapping):
             problems.append(f"{group}={settings}: expected a group of keys")
@@ -191,7 +194,7 @@ def _check_group(group: str, settings: Mapping[str, Any]) -> list[str]:
     dotted = f"{group}." if group else ""
     problems = []
     for key, value in settings.items():
-        if group == "" and (key in GROUPS or key == "paths"):
+        if group == "" and (key in GROUPS or key in SECTIONS):
             continue
         if key not in known:
             where = [f"{dotted}{name}" for name in known] + ([] if group else list(GROUPS))

@@ -38,7 +38,7 @@ def dense_config(config: Config) -> dict[str, Any]:
     dense["trainer"] |= {key: config["trainer"][key] for key in MACHINE if key in config["trainer"]}
     if config["task"]["dense_steps"]:
         dense["trainer"] |= {"max_steps": config["task"]["dense_steps"], "val_check_interval": None}
-    dense |= {key: config[key] for key in ("seed", "paths", "num_threads", "logger")}
+    dense |= {key: config[key] for key in ("seed", "paths", "checkpoint", "num_threads", "logger")}
     derive(dense)
     return dense
 

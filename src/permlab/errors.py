@@ -1,6 +1,8 @@
 """Errors that end a run with one line and an exit code instead of a traceback."""
 
+import errno
 from collections.abc import Sequence
+from typing import Any
 
 
 class RunError(Exception):
@@ -23,9 +25,45 @@ class NonFiniteError(RunError):
     """A loss or gradient became NaN or infinite."""
 
 
-class Interrupted(RunError):
-    """The run was asked to stop by a signal and has saved its state."""
+class LockedError(RunError):
+    """Another process is at work in the run directory."""
+
+    exit_code = 2
+
+
+class WriteError(RunError, OSError):
+    """A file of the run cannot be written; what was there before is as it was.
+
+    Args:
+        path: of the file or folder.
+        error: what the operating system says of it.
+    """
+
+    def __init__(self, path: Any, error: OSError) -> None:
+        super().__init__(f"cannot write {path}: {error.strerror or error}; {_remedy(error)}")
+
+
+def _remedy(error: OSError) -> str:
+    again = "run the same command to go on from the last checkpoint"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"free space there, then {again}"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"make it writable, then {again}"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+        return f"the run directory has gone; bring it back, then {again}"
+    return again
+
+
+class RankError(RunError):
+    """A process of a run on several died, or they no longer agree."""
+
+
+class Interrupted(BaseException):
+    """The run was asked to stop by a signal; what it had made is saved.
+
+    Like KeyboardInterrupt no Exception: nothing that expects failures may take it for one.
+    """
 
     def __init__(self, signal_number: int) -> None:
         self.exit_code = 128 + signal_number
-        super().__init__(f"interrupted by signal {signal_number}")
+        super().__init__(f"interrupted by signal {signal_number}; the same command goes on from here")

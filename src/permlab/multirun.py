@@ -11,6 +11,8 @@ import os
 import signal
 import statistics
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -77,7 +79,7 @@ def start_job(name: str, job: Sequence[str]) -> BaseProcess:
     context.set_forkserver_preload(["permlab.run"])
     # Lightning's launcher starts further ranks from sys.argv.
     script = str(CONF.parent / f"{name}.py")
-    process = context.Process(target=_job, args=(name, script, list(job), dict(os.environ)))
+    process = context.Process(target=_job, args=(name, script, list(job), dict(os.environ), os.getpid()))
     process.start()
     return process
 
@@ -94,14 +96,28 @@ def _join(process: BaseProcess) -> None:
         signal.signal(signal.SIGINT, previous)
 
 
-def _job(name: str, script: str, job: list[str], environment: dict[str, str]) -> None:
+def _job(name: str, script: str, job: list[str], environment: dict[str, str], driver: int) -> None:
     from permlab.cli import main
 
     os.environ.clear()
     os.environ.update({k: v for k, v in environment.items() if k not in (*RANK_VARIABLES, *OTHER_VARIABLES)})
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A job inherits the server's way of starting processes; its loaders' workers would import everything anew.
+    multiprocessing.set_start_method(None, force=True)
     sys.argv = [script, *job]
+    threading.Thread(target=_follow, args=(driver,), daemon=True, name="follow-driver").start()
     sys.exit(main(name, job))
+
+
+def _follow(driver: int) -> None:
+    """Ask this job to save and end once the process that started it has died, which no longer can."""
+    while True:
+        time.sleep(0.5)
+        try:
+            os.kill(driver, 0)
+        except ProcessLookupError:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
 
 
 def table(jobs: Sequence[Sequence[str]], configs: Sequence[dict[str, Any] | None], codes: Sequence[int]) -> str:

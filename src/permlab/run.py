@@ -3,7 +3,7 @@
 import copy
 import fcntl
 import logging
-import time
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,15 +17,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from permlab.assembly import Assembly, assemble, load_weights
 from permlab.callback.finish import ValidateAtEnd
 from permlab.callback.permutation import PermutationLog
-from permlab.callback.preemption import Preemption
 from permlab.callback.progress import Progress
+from permlab.callback.ranks import RanksAgree, end_ranks
 from permlab.callback.resume import ResumeRandomState
+from permlab.callback.save import KeepBest, SaveState
 from permlab.callback.temperature import Temperature
+from permlab.checkpoint import LAST, CheckpointFiles, State, find_damage, newest_state, read_state
 from permlab.config import build, digest, run_directory
 from permlab.data.module import DataModule
 from permlab.dense import data_seed, dense_config, dense_directory, read_config, read_item_order
 from permlab.errors import ConfigError, Interrupted
 from permlab.figure.draw import draw_all
+from permlab.interrupt import STOP, keep_signals, stop_on_signals
+from permlab.lock import RunLock
 from permlab.provenance import device_name
 from permlab.publish import export_run
 from permlab.report import print_report
@@ -40,6 +44,7 @@ from permlab.rundir import (
     truncate_metrics,
     write_json,
     write_npz,
+    writing,
 )
 from permlab.schema import EXTRA_TRAINER_KEYS
 from permlab.sparsity.site_methods import SiteMethods
@@ -69,9 +74,11 @@ def train(config: Config) -> Summary:
 
     Raises:
         ConfigError: before anything is written, if a component refuses its values.
-        NonFiniteError, Interrupted: after the last good state was kept.
+        LockedError: if another process is at work in the run directory.
+        NonFiniteError, WriteError, RankError, Interrupted: after the last good state was kept.
     """
-    summary = run_once(config, announce=True)
+    with stop_on_signals():
+        summary = run_once(config, announce=True)
     if is_rank_zero():
         print_report(config, summary)
     return summary
@@ -122,33 +129,64 @@ def _upload(run_dir: Path) -> None:
 
 
 def run_once(config: Config, *, announce: bool = False) -> Summary:
-    """One run, from whatever its directory already holds to a `DONE` with a summary."""
+    """One run, from whatever its directory already holds to a `DONE` with a summary.
+
+    Args:
+        config: complete.
+        announce: whether this is the run that was asked for; another that works on it is then an
+            error, while one that others share (a control, a dense model) is waited for.
+    """
     run_dir = run_directory(config)
-    if is_done(run_dir) and not config["force"]:
+    if is_done(run_dir) and not config["force"] and not _has_group():
         return read_summary(run_dir)
     _quiet_lightning()
     dense = dense_run(config)
     parts, data, task = _build(config, dense)
     _set_threads(config, parts.model)
     _check_trainer(config)
-    if is_rank_zero():
+    if not is_rank_zero():
+        _meet()
+        done = is_done(run_dir) and not config["force"]
+        return read_summary(run_dir) if done else _run_all(config, run_dir, parts, data, task)
+    with RunLock(run_dir, wait=not announce):
+        _meet()
+        if is_done(run_dir) and not config["force"]:
+            return read_summary(run_dir)  # by the one that was waited for
         if config["force"]:
             clear_run(run_dir)
         start_run(run_dir, config, device=device_name(config["trainer"]["accelerator"]))
         if announce:
             print(_opening(config, parts), flush=True)
-    try:
-        summary = {} if not (run_dir / "summary.json").is_file() else read_summary(run_dir)
-        if not any(name.startswith("test/") for name in summary):
-            summary = fit_and_test(config, run_dir, parts, data, task)
-        if config["task"].get("control"):
-            summary |= compare(config, run_dir, summary)
-    except BaseException as error:
-        if is_rank_zero() and not isinstance(error, Interrupted):
+        try:
+            with writing(run_dir):
+                summary = _run_all(config, run_dir, parts, data, task)
+                STOP.check()
+                finish_run(run_dir, summary)
+        except Interrupted:
+            raise
+        except BaseException as error:
             fail_run(run_dir, f"{type(error).__name__}: {error}")
-        raise
-    if is_rank_zero():
-        finish_run(run_dir, summary)
+            raise
+    return summary
+
+
+def _has_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _meet() -> None:
+    """Ranks decide by what they see in a folder, so they look when it no longer changes."""
+    if _has_group():
+        torch.distributed.barrier()
+
+
+def _run_all(config: Config, run_dir: Path, parts: Assembly, data: DataModule, task: Task) -> Summary:
+    """Training, test and controls, or what of them has not been done before."""
+    summary = {} if not (run_dir / "summary.json").is_file() else read_summary(run_dir)
+    if not any(name.startswith("test/") for name in summary):
+        summary = fit_and_test(config, run_dir, parts, data, task)
+    if config["task"].get("control"):
+        summary |= compare(config, run_dir, summary)
     return summary
 
 
@@ -184,54 +222,68 @@ def _build(config: Config, dense: Path | None = None) -> tuple[Assembly, DataMod
 
 
 def fit_and_test(config: Config, run_dir: Path, parts: Assembly, data: DataModule, task: Task) -> Summary:
-    """Train from the newest checkpoint, if any, and test the model that validation picked."""
-    checkpoint = _resume_from(config, run_dir)
+    """Train from the newest whole checkpoint, if any, and test the model that validation picked."""
+    state = _resume_from(config, run_dir, task)
     if is_rank_zero():
-        truncate_metrics(run_dir, _step_of(checkpoint))
-    began = time.monotonic()
+        truncate_metrics(run_dir, state.step if state else 0, state.line if state else "")
     logger = _logger(config, run_dir)
     arguments = _trainer_arguments(config)
     sharded = arguments["strategy"] == "fsdp"
     if sharded:
         arguments["strategy"] = ShardedBackbone(parts.method)
-    trainer = L.Trainer(
+    saving = SaveState(run_dir / "checkpoints" / LAST, **_when_to_save(config))
+    trainer = _trainer(
         **arguments,
         logger=logger,
-        callbacks=_callbacks(config, run_dir, parts, data, task),
+        callbacks=[*_callbacks(config, run_dir, parts, data, task), saving],
+        plugins=[CheckpointFiles(config["checkpoint"]["keep"])],
         default_root_dir=run_dir,
         num_sanity_val_steps=0,
-        use_distributed_sampler=False,
     )
-    task.to(trainer.strategy.root_device)
-    task.guard = NonFiniteGuard(
-        on_nonfinite=config["trainer"]["on_nonfinite"], max_skips=config["trainer"]["max_skips"]
-    )
-    task.begin(data)
-    L.seed_everything(config["seed"], verbose=False)
-    if task.learns:
-        try:
-            trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-            if checkpoint is None or task.started:
-                raise
-            reason = (str(error).splitlines() or [""])[-1].strip()
-            raise ConfigError(
-                f"checkpoint {checkpoint}: is not of this run ({type(error).__name__}: {reason})"
-            ) from error
-    seconds = time.monotonic() - began
-    summary = _statistics(parts, task, trainer)
-    summary |= _finish(config, run_dir, task, data, trainer)
-    if sharded:
-        parts, data, task = _build(config)  # the trained one holds shards, which no checkpoint fits
-        trainer = L.Trainer(**_trainer_arguments(config) | {"strategy": "ddp"}, use_distributed_sampler=False)
-    summary |= evaluate_best(config, run_dir, task, data, trainer=trainer)
-    summary |= data.statistics() | {"train/seconds": round(seconds, 3)}
+    with end_ranks(trainer):
+        task.to(trainer.strategy.root_device)
+        task.guard = NonFiniteGuard(
+            on_nonfinite=config["trainer"]["on_nonfinite"], max_skips=config["trainer"]["max_skips"]
+        )
+        task.begin(data)
+        L.seed_everything(config["seed"], verbose=False)
+        if task.learns:
+            _fit(trainer, task, data, state.path if state else None)
+        STOP.check()  # an exception that a signal raises in a destructor, say, gets lost
+        summary = _statistics(parts, task, trainer)
+        summary |= _finish(config, run_dir, task, data, trainer)
+        if sharded:
+            parts, data, task = _build(config)  # the trained one holds shards, which no checkpoint fits
+            trainer = _trainer(**_trainer_arguments(config) | {"strategy": "ddp"})
+        summary |= evaluate_best(config, run_dir, task, data, trainer=trainer)
+    summary |= data.statistics() | {"train/seconds": round(saving.seconds, 3)}
     if is_rank_zero():
         _write_results(run_dir, parts, task)
         write_json(run_dir / "summary.json", summary)  # last: a run that has it is not trained again
         logger.mirror_results(summary, draw_all(run_dir))
     logger.finalize("success")
     return summary
+
+
+def _trainer(**arguments: Any) -> L.Trainer:
+    trainer = L.Trainer(**arguments, use_distributed_sampler=False)
+    keep_signals(trainer)
+    return trainer
+
+
+def _fit(trainer: L.Trainer, task: Task, data: DataModule, checkpoint: Path | None) -> None:
+    """Train, from a checkpoint if there is one.
+
+    Raises:
+        ConfigError: if the checkpoint is that of another run.
+    """
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if checkpoint is None or task.started:
+            raise
+        reason = (str(error).splitlines() or [""])[-1].strip()
+        raise ConfigError(f"checkpoint {checkpoint}: is not of this run ({type(error).__name__}: {reason})") from error
 
 
 def _finish(config: Config, run_dir: Path, task: Task, data: DataModule, trainer: L.Trainer) -> Summary:
@@ -265,7 +317,7 @@ def evaluate_best(
     load_weights(run_dir / "checkpoints" / "best.ckpt", *task.tested())
     arguments = _trainer_arguments(config) | {"enable_progress_bar": False}
     if trainer is None:
-        trainer = L.Trainer(**arguments, logger=False, enable_checkpointing=False, use_distributed_sampler=False)
+        trainer = _trainer(**arguments, logger=False, enable_checkpointing=False)
     return _test(task, data, trainer, split=split)
 
 
@@ -364,10 +416,7 @@ def _callbacks(config: Config, run_dir: Path, parts: Assembly, data: DataModule,
     folder = run_dir / "checkpoints"
     common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False, "save_on_train_epoch_end": False}
     monitor, mode = task.monitor
-    # What pruning picks are orders; its `best` is the model that it makes of them.
-    picked = "picked" if task.permutes == "weights" else "best"
-    best = ModelCheckpoint(filename=picked, monitor=monitor, mode=mode, save_weights_only=True, **common)
-    last = ModelCheckpoint(filename="last", **common)
+    best = KeepBest(filename=_picked(task), monitor=monitor, mode=mode, save_weights_only=True, **common)
     items = task.permutes == "items"
     grid = (parts.model.height, parts.model.width) if items else None
     background = data.mean_image() if items and parts.spec.kind == "image" else None
@@ -377,11 +426,14 @@ def _callbacks(config: Config, run_dir: Path, parts: Assembly, data: DataModule,
         Temperature(),
         ResumeRandomState(),
         PermutationLog(run_dir, grid=grid, mean_image=background),
-        Preemption(folder / "last.ckpt"),
+        RanksAgree(run_dir),
         ValidateAtEnd(),
         best,
-        last,
     ]
+
+
+def _when_to_save(config: Config) -> dict[str, Any]:
+    return {key: config["checkpoint"][key] for key in ("every_n_steps", "every_minutes")}
 
 
 def _logger(config: Config, run_dir: Path) -> RunLogger:
@@ -389,20 +441,30 @@ def _logger(config: Config, run_dir: Path) -> RunLogger:
     return RunLogger(run_dir, config=dict(config), group=digest(config), job_type=config["task"]["name"], **settings)
 
 
-def _resume_from(config: Config, run_dir: Path) -> Path | None:
-    last = run_dir / "checkpoints" / "last.ckpt"
-    if config["ckpt_path"] and not last.is_file():
-        return Path(config["ckpt_path"])
-    return last if last.is_file() else None
+def _resume_from(config: Config, run_dir: Path, task: Task) -> State | None:
+    """Where training goes on; damaged files are reported, and put aside so that none counts as a state again."""
+    folder = run_dir / "checkpoints"
+    state, damaged = newest_state(folder)
+    for path, problem in damaged.items():
+        assert state is not None
+        if is_rank_zero():
+            going_on = f"going on from {state.path.name}, step {state.step}"
+            print(f"warning: {path}: {problem}; {going_on}", file=sys.stderr, flush=True)
+            path.replace(path.with_name(f"{path.name}.damaged"))
+    picked = folder / f"{_picked(task)}.ckpt"
+    if state is not None and picked.is_file() and (problem := find_damage(picked)):
+        raise ConfigError(
+            f"checkpoint {picked}: {problem}; it is the best so far and of a step that is gone; "
+            "force=true trains again from the start"
+        )
+    if state is None and config["ckpt_path"]:
+        return read_state(Path(config["ckpt_path"]))
+    return state
 
 
-def _step_of(checkpoint: Path | None) -> int:
-    if checkpoint is None:
-        return 0
-    try:
-        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-    except Exception as error:
-        raise ConfigError(f"checkpoint {checkpoint}: cannot be read ({type(error).__name__})") from error
+def _picked(task: Task) -> str:
+    """What pruning picks are orders; its `best` is the model that it makes of them."""
+    return "picked" if task.permutes == "weights" else "best"
 
 
 def _statistics(parts: Assembly, task: Task, trainer: L.Trainer) -> Summary:

@@ -124,6 +124,15 @@ class PathsKeys:
 
 
 @dataclass
+class CheckpointKeys:
+    """When the state of a run is saved, besides at every validation, and how many states are kept."""
+
+    every_n_steps: PositiveInt | None  # optimiser steps, 1 or more
+    every_minutes: PositiveFloat | None  # of training; fractions are fine
+    keep: PositiveInt  # newest states, 1 or more, besides the best weights
+
+
+@dataclass
 class RootKeys:
     seed: NonNegativeInt
     force: bool
@@ -134,6 +143,7 @@ class RootKeys:
 _SCHEMAS: dict[str, type] = {
     "": RootKeys,
     "paths": PathsKeys,
+    "checkpoint": CheckpointKeys,
     "model": ModelKeys,
     "method": MethodKeys,
     "task": ComponentKeys,

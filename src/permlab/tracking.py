@@ -76,6 +76,16 @@ class RunLogger(Logger):
     def log_dir(self) -> str:
         return str(self.run_dir)
 
+    @property
+    def line(self) -> str:
+        """What `metrics.jsonl` says of the newest step."""
+        return self._file.line
+
+    @rank_zero_only
+    def sync(self) -> None:
+        """Make the metrics outlast a failure of the machine."""
+        self._file.sync()
+
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Nothing: `config.yaml` is written when the run starts."""
 

@@ -26,7 +26,7 @@ from permlab.sparsity.export import (
 from permlab.sparsity.fold import GatheredLinear, fold
 from permlab.sparsity.site import read_sites
 
-FILES = {"model.safetensors", "permutation.safetensors", "sparsity.json", "config.json"}
+FILES = {"model.safetensors", "permutation.safetensors", "sparsity.json", "config.json", "SHA256SUMS"}
 
 
 def prune(model, sites, orders, *, n, m):

@@ -29,6 +29,8 @@ class ResumeRandomState(L.Callback):
         self._restored = checkpoint.get("random_states")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # A run that is measured in epochs has made its loader, to count the steps, before there was a state for it.
+        trainer.fit_loop._load_combined_loader_states()
         if self._restored is None:
             return
         # After a change of the number of ranks, surplus ranks keep their fresh generators.

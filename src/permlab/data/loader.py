@@ -1,6 +1,9 @@
 """Batches whose order is a function of seed and epoch, so that a resumed run sees what it would have seen."""
 
 import math
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -73,6 +76,20 @@ def data_errors() -> Iterator[None]:
         if "DataLoader worker" not in str(error):
             raise
         raise RunError(worker_died(error)) from error
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Schedulers and Ctrl-C signal every process of a job; the run still needs its workers until it has saved."""
+    numbers = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+    def obey_the_run() -> None:
+        while True:
+            received = signal.sigwaitinfo(numbers)
+            if received.si_pid == os.getppid() and received.si_signo == signal.SIGTERM:
+                os._exit(0)
+
+    threading.Thread(target=obey_the_run, daemon=True, name="worker-signals").start()
 
 
 class Loader:
@@ -169,6 +186,7 @@ class Loader:
             num_workers=self.num_workers,
             collate_fn=_as_is,
             generator=generator,
+            worker_init_fn=_leave_signals_to_the_run,
         )
         return iter(loader)
 

@@ -21,10 +21,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from permlab.rundir import checksums, sync
 from permlab.sparsity.fold import GatheredLinear, fold, install_gather
 from permlab.sparsity.site import WeightSite
 
 MODEL, PERMUTATION, SPARSITY, CONFIG = "model.safetensors", "permutation.safetensors", "sparsity.json", "config.json"
+SUMS = "SHA256SUMS"  # as sha256sum --check reads them
 
 # A tensor's pattern as `sparsity.json` has it: n, m and, where only some rows are pruned, their ranges as `rows`.
 Pattern = Mapping[str, Any]
@@ -270,8 +272,12 @@ def _write(folder: Path, tensors: Mapping[str, dict[str, Tensor]], texts: Mappin
             save_file(values, partial / name, metadata={"format": "pt"})
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
+        (partial / SUMS).write_text(checksums(partial, [*tensors, *texts]), encoding="utf-8")
+        for path in (*partial.iterdir(), partial):
+            sync(path)
         try:
             os.replace(partial, folder)
+            sync(folder.parent)
         except OSError:
             _check_free(folder)  # something came to be there in the meantime
             raise

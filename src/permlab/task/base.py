@@ -257,16 +257,24 @@ class Task(L.LightningModule):
         self._clips = {name: list(counts) for name, counts in checkpoint.get("clips", {}).items()}
 
     def _is_log_step(self) -> bool:
+        """Whether this batch makes an optimiser step, and that step is logged."""
+        if self.trainer.fit_loop.epoch_loop._should_accumulate():
+            return False  # a validation in the middle of a step still belongs to the one before
         return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
     def _record(self, values: Mapping[str, Tensor]) -> None:
-        """Log for the step that is being made, counted as done.
+        """Log for the step that is being made, counted as done: means over the ranks, on all of which this is called.
 
         Straight to the logger: by the time a checkpoint is written, all that was logged for its
         steps is in the run's files, so a resumed run neither misses nor repeats a line.
         """
+        means = torch.stack([value.detach().float() for value in values.values()])
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(means)
+            means = means / self.trainer.world_size
         if self.logger is not None:
-            self.logger.log_metrics({key: float(value) for key, value in values.items()}, step=self.global_step + 1)
+            named = dict(zip(values, means.tolist(), strict=True))
+            self.logger.log_metrics(named, step=self.global_step + 1)
 
     def configure_optimizers(self) -> Any:
         self.num_steps = int(self.trainer.estimated_stepping_batches)

@@ -1,0 +1,159 @@
+"""That the processes of a run on several agree, and that none outlives another."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from permlab.errors import RankError
+from permlab.rundir import fail_run
+from permlab.sparsity.site_methods import SiteMethods
+
+POLL_SECONDS = 1.0
+# What a rank has to end by itself once another has.
+GRACE_SECONDS = 10.0
+PARTS = ("orders", "temperature", "state of the method", "run directory", "decision to stop")
+
+
+class RanksAgree(L.Callback):
+    """Compares orders, temperature, the method's buffers (a baseline, say) and more over the ranks.
+
+    By hash, at every step that is logged; a difference ends the run, as from there on its ranks
+    would train different models. Also watches that the ranks of a machine are alive.
+
+    Args:
+        run_dir: of the run.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._checked_step = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if trainer.world_size > 1 and stage == "fit":
+            watch_ranks(trainer, self.run_dir)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._checked_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        step = trainer.global_step
+        if trainer.world_size == 1 or step == self._checked_step:
+            return
+        if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._checked_step = step
+            self._compare(trainer, pl_module.method, step)
+
+    def _compare(self, trainer: L.Trainer, method: Any, step: int) -> None:
+        parts = [_orders(method), method.temperature, _buffers(method), str(self.run_dir), trainer.should_stop]
+        mine = torch.tensor([_hash(part) for part in parts], device=trainer.strategy.root_device)
+        everyone = [torch.empty_like(mine) for _ in range(trainer.world_size)]
+        torch.distributed.all_gather(everyone, mine)
+        hashes = torch.stack(everyone)
+        differ = (hashes != hashes[0]).any(dim=0).tolist()
+        if any(differ):
+            names = ", ".join(name for name, wrong in zip(PARTS, differ, strict=True) if wrong)
+            ranks = (hashes != hashes[0]).any(dim=1).nonzero().flatten().tolist()
+            raise RankError(f"step {step}: rank {', '.join(map(str, ranks))} differs from rank 0 in: {names}")
+
+
+def _orders(method: Any) -> Any:
+    if isinstance(method, SiteMethods):
+        return {name: order.tolist() for name, order in method.orders().items()}
+    return None if method.needs_items else method.best().tolist()
+
+
+def _buffers(method: Any) -> Any:
+    return {name: buffer.tolist() for name, buffer in method.named_buffers()}
+
+
+def _hash(value: Any) -> int:
+    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big", signed=True)
+
+
+# Lives of the ranks
+
+# Lightning starts them at the first training of a process, and later ones of that process share them.
+_LAUNCHED: list[subprocess.Popen] = []
+
+
+def watch_ranks(trainer: L.Trainer, run_dir: Path) -> None:
+    """End this process soon after another rank of its launcher has died.
+
+    A collective operation may wait long for a rank that is gone. Ranks that torchrun or SLURM
+    have started are watched by those.
+    """
+    processes = list(getattr(trainer.strategy.launcher, "procs", []))
+    if processes:
+        _LAUNCHED.extend(processes)
+        _start_thread(_watch_children, run_dir)
+    elif os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
+        _start_thread(_watch_parent, os.getppid())
+
+
+def _start_thread(target: Callable[..., None], *arguments: Any) -> None:
+    threading.Thread(target=target, args=arguments, daemon=True, name="watch-ranks").start()
+
+
+def _watch_children(run_dir: Path) -> None:
+    while all(process.poll() in (None, 0) for process in _LAUNCHED):
+        time.sleep(POLL_SECONDS)
+    # Most often this process has noticed too, and is on its way out with a better message.
+    time.sleep(2 * POLL_SECONDS)
+    message = describe_dead()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    fail_run(run_dir, f"RankError: {message}")
+    for process in _LAUNCHED:
+        process.kill()
+    os._exit(RankError.exit_code)
+
+
+def describe_dead() -> str:
+    """Which ranks have died of what, and what to do."""
+    ended = [(rank, p) for rank, p in enumerate(_LAUNCHED, start=1) if p.poll() not in (None, 0)]
+    names = [f"rank {rank} (process {p.pid}) {_ending(p.returncode)}" for rank, p in ended]
+    found = "; ".join(names) or "the connection to another rank broke"
+    return f"{found}; checkpoints/last.ckpt is the last good state, the same command goes on from it"
+
+
+def _ending(code: int) -> str:
+    return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+
+
+def _watch_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(POLL_SECONDS)
+    time.sleep(GRACE_SECONDS)
+    os._exit(RankError.exit_code)
+
+
+@contextmanager
+def end_ranks(trainer: L.Trainer) -> Iterator[None]:
+    """If the block fails here, see to it that the other ranks end, and name one that died as the reason."""
+    try:
+        yield
+    except BaseException as error:
+        end = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < end and any(process.poll() is None for process in _LAUNCHED):
+            time.sleep(0.1)
+        for process in _LAUNCHED:
+            process.kill()
+        if trainer.world_size > 1 and _is_broken_connection(error):
+            raise RankError(describe_dead()) from error
+        raise
+
+
+def _is_broken_connection(error: BaseException) -> bool:
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    words = ("gloo", "connection", "nccl")
+    return type(error) is RuntimeError and any(word in str(error).lower() for word in words)
