@@ -140,3 +140,18 @@ def test_the_network_starts_at_the_table_and_then_reads_the_features() -> None:
     assert torch.allclose(method.scores(items), expected)
     with pytest.raises(ValueError, match="features"):
         method.best(None)
+
+
+def test_entropy_falls_at_every_step_of_a_schedule_from_one_to_a_hundredth():
+    schedule = {"kind": "linear", "start": 1.0, "end": 0.01}
+    method = set_table(
+        sinkhorn_of(torch.randperm(24).tolist(), temperature=schedule, num_iters=50), torch.randn(1, 24, 24)
+    )
+    entropies = []
+    for step in range(41):
+        method.advance(step, 41)
+        entropies.append(method.entropy().item())
+    assert method.temperature == pytest.approx(0.01, abs=0.03)
+    assert all(later < earlier for earlier, later in zip(entropies, entropies[1:], strict=False))
+    assert entropies[0] > 0.7
+    assert entropies[-1] < 0.1
