@@ -31,7 +31,6 @@ from permlab.rundir import MetricsFile, write_checkpoint
 
 OPTIONS = ("task.control=false", "trainer.log_every_n_steps=1", "trainer.val_check_interval=5")
 STEPS = 12
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 class At(L.Callback):
@@ -217,23 +216,28 @@ def test_a_run_whose_disk_fills_up_keeps_its_last_state_and_goes_on_later(
 
 
 FULL_DISK = """
-mount -t tmpfs -o size=400k none {0} && {1} train.py paths.runs={0}/runs {2}; echo "exit $?" >&2
-mount -o remount,ro {0} && {1} train.py paths.runs={0}/runs {2}; echo "exit $?" >&2
-mount -o remount,rw,size=20m {0} && {1} train.py paths.runs={0}/runs {2}; echo "exit $?" >&2
+import subprocess, sys
+import torch
+from permlab.cli import main
+
+torch.set_num_threads(1)
+folder, *words = sys.argv[1:]
+for options in ("size=150k", "remount,ro", "remount,rw,size=20m"):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], check=True)
+    print("exit", main("train", [f"paths.runs={folder}/runs", *words]), file=sys.stderr)
 """
 
 
 def test_a_real_full_disk_and_a_read_only_one(tmp_path: Path) -> None:
     """A small tmpfs of our own, in a mount namespace that ends with the test."""
-    words = "logger.mode=disabled task.control=false trainer.max_steps=40 checkpoint.every_n_steps=2 checkpoint.keep=9"
-    script = FULL_DISK.format(tmp_path, sys.executable, words)
-    command = ["unshare", "-rm", "sh", "-c", script]
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("this system lets nobody mount a file system of their own")
-    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    words = ["logger.mode=disabled", "task.control=false", "trainer.max_steps=20", "checkpoint.every_n_steps=2"]
+    command = ["unshare", "-rm", sys.executable, "-c", FULL_DISK, str(tmp_path), *words, "checkpoint.keep=9"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
     lines = [line for line in ended.stderr.splitlines() if line.startswith(("error", "exit"))]
-    assert lines[0].startswith("error: cannot write ")
-    assert "No space left on device" in lines[0]
+    assert lines[0].startswith("error: cannot write "), ended.stderr[-2000:]
+    assert "No space left on device; free space there" in lines[0]
     assert lines[1] == "exit 1"
     assert "Read-only file system; make it writable" in lines[2]
     assert lines[3:] == ["exit 1", "exit 0"], ended.stderr[-2000:]
