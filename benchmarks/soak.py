@@ -114,6 +114,7 @@ def soak(scenario: str, folder: Path, kills: int, draw: random.Random) -> Result
     """Run a scenario once whole and as often as it takes to place the kills, and compare every pair of runs."""
     result = Result()
     whole = folder / f"{scenario}-whole"
+    wait(start(["--help"], folder / "help.log"), LIMIT)  # the libraries are imported before anything is timed
     seconds = run_whole(scenario, whole)
     print(f"{scenario}: {seconds:.0f} s without interruption", flush=True)
     trial = 0
@@ -232,7 +233,6 @@ def main(arguments: list[str] | None = None) -> int:
     scenarios = [options.only] if options.only else [*SCENARIOS]
     draw, results = random.Random(options.seed), {}
     with tempfile.TemporaryDirectory() as folder:
-        wait(start(["--help"], Path(folder, "help.log")), LIMIT)  # the libraries are imported before anything is timed
         for index, name in enumerate(scenarios):
             kills = options.kills // len(scenarios) + (index < options.kills % len(scenarios))
             results[name] = soak(name, Path(folder), kills, draw)

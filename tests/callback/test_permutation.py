@@ -69,6 +69,7 @@ class Task(L.LightningModule):
 
 def fit(run_dir: Path, task: Task, *, steps: int, log: bool = True, snapshots: int = 4, **options: Any) -> L.Trainer:
     torch.manual_seed(0)
+    run_dir.mkdir(parents=True, exist_ok=True)
     inputs = torch.randn(64, N, 3)
     wandb = {"mode": "disabled", "project": "p", "entity": None, "tags": [], "log_artifacts": False}
     logger = RunLogger(run_dir, config={}, group="g", job_type="t", **wandb) if log else False
