@@ -18,6 +18,7 @@ def finished(runs: Path, *words: str, **summary: float) -> dict:
     """Configuration of a run whose directory says what it has measured."""
     config, _ = resolve("train", [f"paths.runs={runs}", *words])
     folder = run_directory(config)
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "summary.json", {key.replace("__", "/"): value for key, value in summary.items()})
     write_json(folder / "provenance.json", {"device": "cpu, 1 threads"})
     return config
