@@ -1,0 +1,58 @@
+"""The benchmarks themselves: peers compute what ours compute, and a table and a picture come out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import ops
+import outer
+
+CASES = [
+    ops.sinkhorn_case(2, 8),
+    ops.sorting_case(ops.soft_sort, ops.peers.soft_sort, 2, 8),
+    ops.sorting_case(ops.neural_sort, ops.peers.neural_sort, 2, 8),
+    ops.permute_case(2, 8, 4),
+    ops.gather_case(2, 8, 4),
+    ops.plackett_luce_case(4, 8),
+    ops.assign_case(2, 8, 1.0),
+    ops.scan_case(2, 4, 8, 3),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.operation)
+def test_every_implementation_is_timed_and_right(case: ops.Case) -> None:
+    rows = ops.measure(case, budget_s=0.01)
+    assert [row.name for row in rows] == ["ours", *case.peers]
+    assert all(row.forward_ms > 0 and row.ratio > 0 for row in rows)
+    exact = [row.error for row in rows if row.error is not None and row.name != "POT"]
+    assert bool(exact) == (case.reference is not None)
+    assert all(error < 1e-5 for error in exact)
+    assert case.targets.keys() <= set(case.peers) | {"log-domain autograd", "pygmtools", "POT", "mambapy"}
+    table = ops.text(rows)
+    assert all(row.name in table for row in rows)
+
+
+def test_gradients_of_the_peers_are_those_of_ours() -> None:
+    for case in CASES[:4]:
+        inputs = {name: x.double() if x.is_floating_point() else x for name, x in case.inputs.items()}
+        torch.manual_seed(1)
+        ours = ops._call(case.ours, inputs, case.learned)()
+        for name, peer in case.peers.items():
+            if name in ("POT", "pygmtools"):  # the one has rows last, the other float32 inside
+                continue
+            torch.manual_seed(1)
+            for found, expected in zip(ops._call(peer, inputs, case.learned)(), ours, strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_picture_of_the_growth(tmp_path: Path) -> None:
+    line = {"axis": "n", "sizes": [2, 4, 8], "ms": [1.0, 2.0, 4.0], "exponent": 1.0, "expected": 1}
+    ops.draw({"something": line}, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_parts_of_the_outer_benchmark_exist() -> None:
+    assert set(outer.PARTS) == {"methods", "harness", "startup", "ranks", "block"}
+    step = outer._project(7.0)
+    assert step["GiB"] > 7
