@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -152,6 +154,6 @@ def test_entropy_falls_at_every_step_of_a_schedule_from_one_to_a_hundredth():
         method.advance(step, 41)
         entropies.append(method.entropy().item())
     assert method.temperature == pytest.approx(0.01, abs=0.03)
-    assert all(later < earlier for earlier, later in zip(entropies, entropies[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(entropies))
     assert entropies[0] > 0.7
     assert entropies[-1] < 0.1
