@@ -17,18 +17,22 @@ from permlab import provenance
 
 
 def alternate(functions: Mapping[str, Callable[[], object]], *, budget_s: float = 3.0) -> dict[str, list[float]]:
-    """Seconds of every call, the functions taking turns, until the budget is spent; at least 3 rounds after one
-    that is not counted."""
+    """Seconds of every call, the functions taking turns, until the budget is spent.
+
+    One round is not counted; at least three follow, or a single one where a round takes longer than the budget.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    end = None
-    while end is None or time.perf_counter() < end or len(next(iter(seconds.values()))) < 4:
+    began_all, end, least = time.perf_counter(), None, 4
+    while end is None or time.perf_counter() < end or len(next(iter(seconds.values()))) < least:
         for name, function in functions.items():
             _wait()
             began = time.perf_counter()
             function()
             _wait()
             seconds[name].append(time.perf_counter() - began)
-        end = end or time.perf_counter() + budget_s
+        if end is None:
+            end = time.perf_counter() + budget_s
+            least = 2 if time.perf_counter() - began_all > 2 * budget_s else 4
     return {name: values[1:] for name, values in seconds.items()}
 
 
