@@ -46,9 +46,8 @@ def sinkhorn_pot(scores: Tensor, temperature: float, num_iters: int) -> Tensor:
 def sinkhorn_pygmtools(scores: Tensor, temperature: float, num_iters: int) -> Tensor:
     """pygmtools, which counts rows and columns as an iteration each."""
     pygmtools = library("pygmtools")
-    return pygmtools.sinkhorn(
-        scores, tau=temperature, max_iter=2 * num_iters, batched_operation=True, backend="pytorch"
-    )
+    settings = {"tau": temperature, "max_iter": 2 * num_iters, "batched_operation": True, "backend": "pytorch"}
+    return pygmtools.sinkhorn(scores, **settings)
 
 
 # Sorting
