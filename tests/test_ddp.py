@@ -123,7 +123,8 @@ def test_a_rank_that_dies_or_drifts_ends_the_run_with_one_line_and_a_whole_state
 ) -> None:
     began = time.monotonic()
     process = run_ranks(tmp_path, "task.control=false", **{variable: "4"})
-    assert process.returncode == 1, process.stderr[-3000:]
+    # The first rank to end kills the others, which may be quicker than the launcher's own exit code.
+    assert process.returncode in (1, -9), process.stderr[-3000:]
     assert time.monotonic() - began < 200  # of which most is starting
     lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     assert any(line.startswith(message) for line in lines), process.stderr[-3000:]
