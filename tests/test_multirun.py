@@ -1,6 +1,8 @@
 """Sweeps: isolation, failures, exit codes, the table."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,15 +10,13 @@ from runs import SHORT
 
 from permlab.cli import main
 from permlab.multirun import table
+from permlab.rundir import read_metrics
+from permlab.schema import CONF
 
 
 def test_a_failed_job_does_not_stop_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    os.environ["LOCAL_RANK"] = "1"  # left by a launcher around us; it must not reach the jobs
-    try:
-        words = ["optim.lr=-1,0.03", "model=ssm_probe", "task.control=false", "trainer.max_steps=2", "seed=0,1"]
-        code = main("train", ["-m", *SHORT, f"paths.runs={tmp_path}", *words])
-    finally:
-        del os.environ["LOCAL_RANK"]
+    words = ["optim.lr=-1,0.03", "model=ssm_probe", "task.control=false", "trainer.max_steps=2", "seed=0,1"]
+    code = main("train", ["-m", *SHORT, f"paths.runs={tmp_path}", *words])
     out, err = capfd.readouterr()
     assert code == 1
     assert err.count("error: optim.lr=-1") == 2
@@ -26,6 +26,14 @@ def test_a_failed_job_does_not_stop_the_others(tmp_path: Path, capfd: pytest.Cap
     assert rows[0].endswith("failed (exit 2)")
     assert rows[-1].startswith("optim.lr=0.03 (2 seeds)")
     assert "+-" in rows[-1]
+
+
+def test_the_rank_of_a_launcher_around_a_sweep_does_not_reach_its_jobs(tmp_path: Path) -> None:
+    """In a process of its own: libraries read their rank when the server of the jobs imports them."""
+    words = ["model=ssm_probe", "task.control=false", "trainer.max_steps=2", "trainer.log_every_n_steps=1", "seed=0,1"]
+    command = [sys.executable, CONF.parent / "train.py", "-m", *SHORT, f"paths.runs={tmp_path}", *words]
+    subprocess.run(command, env={**os.environ, "LOCAL_RANK": "1"}, check=True, capture_output=True)
+    assert [len(read_metrics(path.parent)) for path in tmp_path.rglob("DONE")] == [2, 2]
 
 
 def test_data_parallel_jobs_do_not_repeat_the_sweep(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
@@ -77,11 +79,24 @@ def start_job(name: str, job: Sequence[str]) -> BaseProcess:
     """A job that has been started in a process forked from the preloaded server."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["permlab.run"])
+    # Lightning reads its rank when it is imported, so the server must not see that of a launcher around us.
+    with _hidden((*RANK_VARIABLES, *OTHER_VARIABLES)):
+        forkserver.ensure_running()
     # Lightning's launcher starts further ranks from sys.argv.
     script = str(CONF.parent / f"{name}.py")
     process = context.Process(target=_job, args=(name, script, list(job), dict(os.environ), os.getpid()))
     process.start()
     return process
+
+
+@contextmanager
+def _hidden(names: Iterable[str]) -> Iterator[None]:
+    """The environment without these variables."""
+    values = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(values)
 
 
 def _join(process: BaseProcess) -> None:
