@@ -92,9 +92,13 @@ def watch_ranks(trainer: L.Trainer, run_dir: Path) -> None:
     A collective operation may wait long for a rank that is gone. Ranks that torchrun or SLURM
     have started are watched by those.
     """
-    processes = list(getattr(trainer.strategy.launcher, "procs", []))
-    if processes:
-        _LAUNCHED.extend(processes)
+    launcher = trainer.strategy.launcher
+    observed = getattr(launcher, "procs", [])
+    if observed:
+        _LAUNCHED.extend(observed)
+        # Lightning's own observer holds this list. It would end this process by SIGKILL, without a word.
+        launcher.procs = list(observed)  # type: ignore[union-attr]
+        observed.clear()
         _start_thread(_watch_children, run_dir)
     elif os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
         _start_thread(_watch_parent, os.getppid())
