@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from soak import compare
 
 from permlab.checkpoint import newest_state
 from permlab.cli import main
 from permlab.rundir import read_metrics
+from soak import compare
 
 # Run by both ranks: the real command line, with a callback that compares the ranks after every batch.
 SCRIPT = """

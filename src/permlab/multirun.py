@@ -113,7 +113,9 @@ def _join(process: BaseProcess) -> None:
 
 def _job(name: str, script: str, job: list[str], environment: dict[str, str], driver: int) -> None:
     from permlab.cli import main
+    from permlab.ops.threads import trust_openmp
 
+    trust_openmp(True)  # the server has only imported
     os.environ.clear()
     os.environ.update({k: v for k, v in environment.items() if k not in (*RANK_VARIABLES, *OTHER_VARIABLES)})
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,11 +1,11 @@
-"""What the compiled CPU kernels share: how they are compiled, and a power of two that vectorises."""
+"""What the compiled CPU kernels share: how they are compiled, a barrier, and a power of two that vectorises."""
 
 import math
 from typing import Any, no_type_check
 
 import numpy as np
-from numba import njit, types
-from numba.extending import overload
+from numba import int64, njit, types
+from numba.extending import intrinsic, overload
 
 LOG2_E = math.log2(math.e)
 
@@ -26,6 +26,84 @@ def compile_kernel(function, signature, options=OPTIONS):
         return njit(signature, cache=True, nogil=True, **options)(function)
     except (RuntimeError, OSError):
         return njit(signature, nogil=True, **options)(function)
+
+
+# Teams of threads
+
+_PATIENCE = 2**24  # looks at a counter: some hundredths of a second
+_GIVEN_UP = -(2**62)
+
+
+@intrinsic
+@no_type_check
+def _arrive(context, counter):
+    """Add one to the counter, and return what it was."""
+
+    def code(_, builder, __, arguments):
+        pointer = builder.inttoptr(arguments[0], arguments[0].type.as_pointer())
+        return builder.atomic_rmw("add", pointer, arguments[0].type(1), "seq_cst")
+
+    return int64(int64), code
+
+
+@intrinsic
+@no_type_check
+def _look(context, counter):
+    def code(_, builder, __, arguments):
+        pointer = builder.inttoptr(arguments[0], arguments[0].type.as_pointer())
+        return builder.load_atomic(pointer, "seq_cst", 8)
+
+    return int64(int64), code
+
+
+@intrinsic
+@no_type_check
+def _exchange(context, counter, old, new):
+    """Put `new` into the counter if it holds `old`; return what it held."""
+
+    def code(_, builder, __, arguments):
+        pointer = builder.inttoptr(arguments[0], arguments[0].type.as_pointer())
+        pair = builder.cmpxchg(pointer, arguments[1], arguments[2], "seq_cst", "seq_cst")
+        return builder.extract_value(pair, 0)
+
+    return int64(int64, int64, int64), code
+
+
+@piece
+@no_type_check
+def gather_team(counter, team):
+    """Wait until all threads of a team are running; False, for all of them, if one does not come.
+
+    Before this an exception that a signal raises may keep a thread away; after it nothing can.
+
+    Args:
+        counter: address of an int64 that starts at zero, negative after a failure; of no use to a team of one.
+        team: number of threads.
+    """
+    if team == 1:
+        return True
+    _arrive(counter)
+    looks = 0
+    while True:
+        here = _look(counter)
+        if here < 0:
+            return False
+        if here >= team:
+            return True
+        looks += 1
+        if looks > _PATIENCE:
+            _exchange(counter, here, _GIVEN_UP)
+
+
+@piece
+@no_type_check
+def meet(counter, team):
+    """Wait until all threads of a gathered team are here; then each sees what the others have written."""
+    if team == 1:
+        return
+    target = (_arrive(counter) // team + 1) * team
+    while _look(counter) < target:
+        pass
 
 
 def exp2(x):

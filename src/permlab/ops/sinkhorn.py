@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from permlab.ops.schedule import check_temperature
-from permlab.ops.threads import is_readable, run_tasks
+from permlab.ops.threads import as_batch, is_readable, run_together
 
 
 def sinkhorn(log_scores: Float[Tensor, "*b n n"], *, temperature: float, num_iters: int) -> Float[Tensor, "*b n n"]:
@@ -77,7 +77,7 @@ class _CompiledSinkhorn(torch.autograd.Function):
     def forward(ctx, scores: Tensor, temperature: float, num_iters: int) -> Tensor:  # type: ignore[override]
         from permlab.ops.sinkhorn_kernel import compiled
 
-        flat = _batch(scores.detach())
+        flat = as_batch(scores, 2)
         batch, n, _ = flat.shape
         matrix = np.empty_like(flat)
         scalings = np.empty((2, batch, num_iters, n), flat.dtype)
@@ -88,7 +88,7 @@ class _CompiledSinkhorn(torch.autograd.Function):
         kept = (matrix, *scalings, epochs, *potentials)
         ctx.scale, ctx.work = math.log2(math.e) / temperature, num_iters * flat.size // 8
         forward, _ = compiled(flat.dtype)
-        run_tasks(forward, batch, ctx.work, flat, ctx.scale, *kept, usable)
+        run_together(forward, batch, ctx.work, n, flat, ctx.scale, *kept, usable)
         if not usable.all():
             _check_maxima(scores)
             matrix[usable == 0] = np.nan
@@ -103,18 +103,13 @@ class _CompiledSinkhorn(torch.autograd.Function):
         from permlab.ops.sinkhorn_kernel import compiled
 
         scores, result = ctx.saved_tensors
-        flat, matrix, grad_matrix = _batch(scores.detach()), _batch(result.detach()), _batch(grad)
+        flat, matrix, grad_matrix = (as_batch(x, 2) for x in (scores, result, grad))
         scalings, epochs, potentials = ctx.kept
         grad_scores = np.empty_like(flat)
         _, backward = compiled(flat.dtype)
         given = (flat, ctx.scale, matrix, *scalings, epochs, *potentials, grad_matrix)
-        run_tasks(backward, len(flat), ctx.work, *given, grad_scores)
+        run_together(backward, len(flat), ctx.work, flat.shape[-1], *given, grad_scores)
         return torch.from_numpy(grad_scores).view(scores.shape), None, None
-
-
-def _batch(x: Tensor) -> np.ndarray:
-    """One contiguous batch axis, then the matrix."""
-    return np.ascontiguousarray(x.numpy()).reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
 
 class _Sinkhorn(torch.autograd.Function):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from permlab.ops.schedule import check_temperature
-from permlab.ops.threads import is_readable, run_tasks
+from permlab.ops.threads import as_batch, is_readable, run_tasks
 
 
 def soft_sort(scores: Float[Tensor, "*b n"], *, temperature: float, power: float = 2.0) -> Float[Tensor, "*b n n"]:
@@ -118,20 +118,17 @@ def _fits_kernel(scores: Tensor) -> bool:
     return scores.is_floating_point() and is_readable(scores) and bool(scores.isfinite().all())
 
 
-def _flat(scores: Tensor) -> np.ndarray:
-    """One batch axis, whatever there was, and contiguous items."""
-    return np.ascontiguousarray(scores.detach().numpy()).reshape(scores.shape[:-1].numel(), scores.shape[-1])
-
-
 class _CompiledSoftSort(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores: Tensor, temperature: float, squared: bool) -> Tensor:  # type: ignore[override]
         from permlab.ops.sorting_kernel import compiled
 
         ordered, order = scores.sort(dim=-1, descending=True)
-        flat, ctx.settings = _flat(scores), (1 / temperature, int(squared))
+        flat, ctx.settings = as_batch(scores, 1), (1 / temperature, int(squared))
         matrix = np.empty((*flat.shape, flat.shape[-1]), flat.dtype)
-        run_tasks(compiled(flat.dtype).soft_sort, len(flat), matrix.size, flat, _flat(ordered), *ctx.settings, matrix)
+        run_tasks(
+            compiled(flat.dtype).soft_sort, len(flat), matrix.size, flat, as_batch(ordered, 1), *ctx.settings, matrix
+        )
         result = torch.from_numpy(matrix).view(*scores.shape, scores.shape[-1])
         ctx.save_for_backward(scores, ordered, order, result)
         return result
@@ -142,11 +139,10 @@ class _CompiledSoftSort(torch.autograd.Function):
         from permlab.ops.sorting_kernel import compiled
 
         scores, ordered, order, result = ctx.saved_tensors
-        flat = _flat(scores)
-        shape = (*flat.shape, flat.shape[-1])
-        matrix, grad_matrix = (np.ascontiguousarray(x.detach().numpy()).reshape(shape) for x in (result, grad))
+        flat = as_batch(scores, 1)
+        matrix, grad_matrix = as_batch(result, 2), as_batch(grad, 2)
         by_scores, by_ordered = np.empty_like(flat), np.empty_like(flat)
-        given = (flat, _flat(ordered), *ctx.settings, matrix, grad_matrix)
+        given = (flat, as_batch(ordered, 1), *ctx.settings, matrix, grad_matrix)
         kernel = compiled(flat.dtype).soft_sort_back
         run_tasks(kernel, len(flat), matrix.size, *given, by_scores, by_ordered)
         direct, sorted_back = (torch.from_numpy(x).view(scores.shape) for x in (by_scores, by_ordered))
@@ -158,9 +154,9 @@ class _CompiledNeuralSort(torch.autograd.Function):
     def forward(ctx, scores: Tensor, temperature: float) -> Tensor:  # type: ignore[override]
         from permlab.ops.sorting_kernel import compiled
 
-        flat, ctx.inverse = _flat(scores), 1 / temperature
+        flat, ctx.inverse = as_batch(scores, 1), 1 / temperature
         matrix = np.empty((*flat.shape, flat.shape[-1]), flat.dtype)
-        order = _flat(scores.argsort(dim=-1, descending=True))
+        order = as_batch(scores.argsort(dim=-1, descending=True), 1)
         run_tasks(compiled(flat.dtype).neural_sort, len(flat), matrix.size, flat, order, ctx.inverse, matrix)
         result = torch.from_numpy(matrix).view(*scores.shape, scores.shape[-1])
         ctx.save_for_backward(scores, result)
@@ -172,9 +168,8 @@ class _CompiledNeuralSort(torch.autograd.Function):
         from permlab.ops.sorting_kernel import compiled
 
         scores, result = ctx.saved_tensors
-        flat = _flat(scores)
-        shape = (*flat.shape, flat.shape[-1])
-        matrix, grad_matrix = (np.ascontiguousarray(x.detach().numpy()).reshape(shape) for x in (result, grad))
+        flat = as_batch(scores, 1)
+        matrix, grad_matrix = as_batch(result, 2), as_batch(grad, 2)
         by_scores = np.empty_like(flat)
         kernel = compiled(flat.dtype).neural_sort_back
         run_tasks(kernel, len(flat), matrix.size, flat, ctx.inverse, matrix, grad_matrix, by_scores)
