@@ -38,6 +38,7 @@ CASES = [
     (["trainer.max_skips=3"], "trainer.max_skips=3 has no effect with trainer.on_nonfinite=stop"),
     (["logger.mode=disabled", "logger.tags=[a]"], "has no effect with logger.mode=disabled"),
     (["logger.log_artifacts=false"], "logger.log_artifacts=False has no effect with logger.mode=offline"),
+    (["experiment=prune/text", "method=swap_search"], "trainer.max_steps=60 has no effect with method=swap_search"),
     (["data.on_corrupt=skip"], "data.on_corrupt=skip has no effect with data=digits"),
 ]
 

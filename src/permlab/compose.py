@@ -7,6 +7,7 @@ all reach our validation and are reported together, with the nearest valid choic
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
@@ -54,7 +55,7 @@ def resolve_train(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """
     composed, problems = compose_config("train", words)
     try:
-        config, warnings = prepare(composed, _keys(words))
+        config, warnings = prepare(composed, [*_keys(words), *_keys_of_experiments(words)])
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
     if problems:
@@ -100,6 +101,17 @@ def _keys(words: Sequence[str]) -> list[str]:
     """Dotted keys that these words set, those of a mapping or of a schedule's points by the option's own."""
     keys = [word.partition("=")[0].lstrip("+~") for word in words]
     return [".".join(key.split(".")[:2]) for key in keys]
+
+
+def _keys_of_experiments(words: Sequence[str]) -> list[str]:
+    """Dotted keys that the chosen experiments write out themselves, which are files for one purpose."""
+    keys = []
+    for override in parse_overrides(words):
+        path = CONF / "experiment" / f"{override.value()}.yaml"
+        if override.key_or_group == "experiment" and path.is_file():
+            for group, settings in (yaml.safe_load(path.read_text()) or {}).items():
+                keys += [f"{group}.{key}" for key in settings] if isinstance(settings, dict) else [group]
+    return keys
 
 
 def _check_override(override: Override) -> str | None:

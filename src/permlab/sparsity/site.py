@@ -5,7 +5,7 @@ input's channels on their other side, and whether a head or a residual stream st
 matched against the blocks of any module, whoever wrote it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -344,14 +344,6 @@ def block_names(model: nn.Module) -> list[str]:
         ValueError: if there is none.
     """
     return [block.path for block in _find_blocks(model)]
-
-
-def sites_by_kind(sites: Iterable[WeightSite]) -> dict[str, list[WeightSite]]:
-    """Sites grouped by kind, kinds in the order in which they first come."""
-    groups: dict[str, list[WeightSite]] = {}
-    for site in sites:
-        groups.setdefault(site.kind, []).append(site)
-    return groups
 
 
 def stream_site(model: nn.Module) -> WeightSite:

@@ -1,6 +1,6 @@
 """A method for every weight site of a model, behaving as one."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Int64
@@ -108,10 +108,6 @@ class SiteMethods(nn.Module):
     def bases(self) -> dict[str, Int64[Tensor, " k"]]:
         """The order that every site's method started from."""
         return {site.name: self.base(site.name).clone() for site in self.sites}
-
-    def set_bases(self, orders: Mapping[str, Int64[Tensor, " k"]]) -> None:
-        for name, order in orders.items():
-            self.rebase(name, order)
 
 
 def _key(name: str) -> str:
