@@ -54,11 +54,27 @@ def test_a_team_on_one_matrix_computes_what_one_thread_does(
     scores = torch.randn(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     openmp = Recording()
     monkeypatch.setattr(threads, "_openmp", lambda: openmp)
+    monkeypatch.setattr(threads, "_CROWD", threads._Crowd())
     together = relax(scores, temperature)
     assert openmp.teams == {(0, 2), (1, 2)}
+    monkeypatch.setattr(threads, "_openmp", lambda: None)
+    for ours, expected in zip(together, relax(scores, temperature), strict=True):
+        assert torch.equal(ours, expected), "whoever computes it, the bits are the same"
     torch.set_num_threads(1)
     for ours, expected in zip(together, relax(scores, temperature), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_after_waiting_for_each_other_threads_work_alone_for_a_while() -> None:
+    crowd = threads._Crowd(max_pauses=3, least=2, most=4)
+    tried = []
+    for pauses in (0, 9, 9, 9, 0, 9):
+        tried.append([crowd.is_clear() for _ in range(6)].index(True))
+        crowd.note(pauses, 0.001)
+    assert tried == [0, 0, 2, 4, 4, 0]
+    crowd.note(0, 0.001)
+    crowd.note(90, 0.1)
+    assert crowd.is_clear(), "few pauses for so long a call"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), -float("nan")])
@@ -86,6 +102,7 @@ def test_a_thread_that_does_not_come_is_not_waited_for_forever(monkeypatch: pyte
     monkeypatch.setattr(threads, "_openmp", lambda: None)
     expected = relax(scores, 0.1)
     monkeypatch.setattr(threads, "_openmp", lambda: Alone())
+    monkeypatch.setattr(threads, "_CROWD", threads._Crowd())
     for ours, theirs in zip(relax(scores, 0.1), expected, strict=True):
         assert torch.equal(ours, theirs)
 

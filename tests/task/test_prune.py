@@ -772,10 +772,12 @@ def test_a_stopped_run_resumes_bit_for_bit(
     first = stopped(*words, steps=6)
     assert first.code == 143, first.err
     assert not (first.run_dir / "DONE").exists()
+    spent = torch.load(first.run_dir / "checkpoints" / "last.ckpt", weights_only=True)["seconds"]
     monkeypatch.setattr(permlab.run, "_callbacks", callbacks)
     stopped.found.clear()
     second = stopped(*words, steps=6)
     assert second.code == 0, second.err
+    assert second.summary["prune/seconds"] > spent, "time before the interruption counts"
     assert second.metrics == whole.metrics
     clock = ("prune/seconds", "train/seconds", "prune/peak_memory_mib")
     assert {k: v for k, v in second.summary.items() if k not in clock} == {

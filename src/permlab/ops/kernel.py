@@ -1,10 +1,14 @@
 """What the compiled CPU kernels share: how they are compiled, a barrier, and a power of two that vectorises."""
 
+import hashlib
 import math
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, no_type_check
 
 import numpy as np
 from numba import int64, njit, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic, overload
 
 LOG2_E = math.log2(math.e)
@@ -19,25 +23,44 @@ OPTIONS: dict[str, Any] = {
 piece = njit(**OPTIONS | {"no_cpython_wrapper": True})
 
 
+class _Cache(FunctionCache):
+    """Numba's cache of machine code, which by itself looks at the file of the kernel only, not at this one."""
+
+    def _index_key(self, *arguments: Any) -> tuple[Any, ...]:
+        return (*super()._index_key(*arguments), _THIS_FILE)
+
+
+_THIS_FILE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
 @no_type_check
 def compile_kernel(function, signature, options=OPTIONS):
     """Compile now, or load the machine code of an earlier process where some cache directory can be written."""
+    kernel = njit(nogil=True, **options)(function)
+    with suppress(RuntimeError, OSError):
+        kernel._cache = _Cache(function)
     try:
-        return njit(signature, cache=True, nogil=True, **options)(function)
-    except (RuntimeError, OSError):
-        return njit(signature, nogil=True, **options)(function)
+        kernel.compile(signature)
+    except OSError:  # of a cache that cannot be written after all
+        kernel = njit(nogil=True, **options)(function)
+        kernel.compile(signature)
+    kernel.disable_compile()
+    return kernel
 
 
 # Teams of threads
 
-_PATIENCE = 2**24  # looks at a counter: some hundredths of a second
+_LOOKS = 2**19  # at a counter before the core is left to others: several times as long as the pause really takes
+_PAUSE = 20  # microseconds that it is left to them; giving way without a pause leaves it to nobody for long
+_PATIENCE = 2**10  # pauses after which a thread counts as missing: some tenths of a second
 _GIVEN_UP = -(2**62)
+_sleep = types.ExternalFunction("usleep", types.int32(types.uint32))
 
 
 @intrinsic
 @no_type_check
 def _arrive(context, counter):
-    """Add one to the counter, and return what it was."""
+    """Add one to the number at an address, and return what it was."""
 
     def code(_, builder, __, arguments):
         pointer = builder.inttoptr(arguments[0], arguments[0].type.as_pointer())
@@ -77,22 +100,25 @@ def gather_team(counter, team):
     Before this an exception that a signal raises may keep a thread away; after it nothing can.
 
     Args:
-        counter: address of an int64 that starts at zero, negative after a failure; of no use to a team of one.
+        counter: address of two int64 that start at zero, of no use to a team of one: the number of arrivals,
+            negative after a failure, and that of the pauses made by those who waited.
         team: number of threads.
     """
     if team == 1:
         return True
     _arrive(counter)
-    looks = 0
     while True:
-        here = _look(counter)
-        if here < 0:
+        here = 0
+        for _ in range(_PATIENCE):
+            for _ in range(_LOOKS):
+                here = _look(counter)
+                if here < 0:
+                    return False
+                if here >= team:
+                    return True
+            _sleep(_PAUSE)
+        if _exchange(counter, here, _GIVEN_UP) == here:
             return False
-        if here >= team:
-            return True
-        looks += 1
-        if looks > _PATIENCE:
-            _exchange(counter, here, _GIVEN_UP)
 
 
 @piece
@@ -102,8 +128,12 @@ def meet(counter, team):
     if team == 1:
         return
     target = (_arrive(counter) // team + 1) * team
+    looks = 0
     while _look(counter) < target:
-        pass
+        looks += 1
+        if looks % _LOOKS == 0:
+            _arrive(counter + 8)
+            _sleep(_PAUSE)
 
 
 def exp2(x):

@@ -184,53 +184,47 @@ def _add_up(parts, total):
             total[j] += parts[thread, j]
 
 
+@piece
+@no_type_check
+def _bounds(part, num_parts, n):
+    return n * part // num_parts, n * (part + 1) // num_parts
+
+
 @no_type_check
 def _forward(
-    first,
-    last,
-    thread,
-    team,
-    counter,
-    shared,
-    scores,
-    scale,
-    matrices,
-    u,
-    v,
-    epochs,
-    row_potentials,
-    column_potentials,
-    usable,
-):
-    """Matrices first..last - 1, by all threads of a team together, each of which has some of the rows.
+    first, last, thread, team, counter, shared, scores, scale, matrices, u, v, epochs, row_potentials,
+    column_potentials, usable
+):  # fmt: skip
+    """Matrices first..last - 1, by all threads of a team together.
+
+    Rows are in as many parts as `shared` has, which the threads take in turn: results are the same for any team.
 
     Shapes:
-        shared: [2, team, n], what the threads tell each other; of no use to a team of one.
+        shared: [2, part, n], what the threads tell each other.
         scores, matrices: [batch, n, n].  u, v: [batch, sweep, n], scalings after every sweep.
         epochs: [batch, sweep], the line of the potentials [batch, 1 + sweep, n] that they are relative to;
         lines that no sweep refers to are not written.  usable: [batch], 0 where scores have no finite maximum.
     """
     if not gather_team(counter, team):
         return
-    n, num_sweeps = scores.shape[1], u.shape[1]
+    n, num_sweeps, num_parts = scores.shape[1], u.shape[1], shared.shape[1]
     real = scores.dtype.type
     far, near = real(FAR), real(1 / FAR)
-    start, end = n * thread // team, n * (thread + 1) // team
-    parts = shared if team > 1 else np.empty((2, 1, n), scores.dtype)
     total, scaling, latest = np.empty(n, scores.dtype), np.empty(n, scores.dtype), np.empty(n, np.float64)
     turn = 0
     for item in range(first, last):
         matrix, rows, columns = matrices[item], row_potentials[item], column_potentials[item]
-        finite = _start(start, end, scores[item], scale, rows[0], matrix, parts[turn, thread])
-        if not finite:
-            parts[turn, thread, 0] = np.inf
-        columns[0, start:end] = 0
+        for part in range(thread, num_parts, team):
+            start, end = _bounds(part, num_parts, n)
+            if not _start(start, end, scores[item], scale, rows[0], matrix, shared[turn, part]):
+                shared[turn, part, 0] = np.inf
+            columns[0, start:end] = 0
         meet(counter, team)
         finite = True
         for j in range(n):
-            most = parts[turn, 0, j]
-            for other in range(1, team):
-                most = max(most, parts[turn, other, j])
+            most = shared[turn, 0, j]
+            for part in range(1, num_parts):
+                most = max(most, shared[turn, part, j])
             finite &= abs(most) < np.inf
         turn = 1 - turn
         usable[item] = finite
@@ -239,10 +233,12 @@ def _forward(
         epoch = 0
         scaling[:] = 1
         for k in range(num_sweeps):
-            if not _sweep(start, end, matrix, scaling, u[item, k], parts[turn, thread]):
-                parts[turn, thread, 0] = np.nan
+            for part in range(thread, num_parts, team):
+                start, end = _bounds(part, num_parts, n)
+                if not _sweep(start, end, matrix, scaling, u[item, k], shared[turn, part]):
+                    shared[turn, part, 0] = np.nan
             meet(counter, team)
-            _add_up(parts[turn, :team], total)
+            _add_up(shared[turn], total)
             turn = 1 - turn
             close = True
             for j in range(n):
@@ -254,22 +250,30 @@ def _forward(
                 for j in range(n):
                     latest[j] = columns[epoch, j] + math.log2(scaling[j])
                 epoch = k + 1
-                _row_potentials(start, end, scores[item], scale, latest, rows[epoch])
+                for part in range(thread, num_parts, team):
+                    start, end = _bounds(part, num_parts, n)
+                    _row_potentials(start, end, scores[item], scale, latest, rows[epoch])
                 meet(counter, team)
-                _column_potentials(start, end, scores[item], scale, rows[epoch], columns[epoch])
+                for part in range(thread, num_parts, team):
+                    start, end = _bounds(part, num_parts, n)
+                    _column_potentials(start, end, scores[item], scale, rows[epoch], columns[epoch])
                 meet(counter, team)
-                _absorb(start, end, scores[item], scale, rows[epoch], columns[epoch], matrix)
-                u[item, k, start:end] = 1
+                for part in range(thread, num_parts, team):
+                    start, end = _bounds(part, num_parts, n)
+                    _absorb(start, end, scores[item], scale, rows[epoch], columns[epoch], matrix)
+                    u[item, k, start:end] = 1
                 scaling[:] = 1
             if thread == 0:
                 v[item, k] = scaling
                 epochs[item, k] = epoch
         least, by_row = real(_LEAST), u[item, num_sweeps - 1]
-        for i in range(start, end):
-            row, weight = matrix[i], by_row[i]
-            for j in range(n):
-                value = row[j] * weight * scaling[j]
-                row[j] = real(0) if value < least else value
+        for part in range(thread, num_parts, team):
+            start, end = _bounds(part, num_parts, n)
+            for i in range(start, end):
+                row, weight = matrix[i], by_row[i]
+                for j in range(n):
+                    value = row[j] * weight * scaling[j]
+                    row[j] = real(0) if value < least else value
 
 
 # Backward
@@ -414,11 +418,9 @@ def _backward(
     """Gradients of `scores` times temperature, from the results and what the forward pass left; shapes as there."""
     if not gather_team(counter, team):
         return
-    n, num_sweeps = scores.shape[1], u.shape[1]
+    n, num_sweeps, num_parts = scores.shape[1], u.shape[1], shared.shape[1]
     real = scores.dtype.type
     factor = real(scale * math.log(2.0))
-    start, end = n * thread // team, n * (thread + 1) // team
-    parts = shared if team > 1 else np.empty((2, 1, n), scores.dtype)
     turn = 0
     # Terms of rank one that are to be taken off the gradient, times the matrix.
     left, right = np.empty((n, 2 * num_sweeps), scores.dtype), np.empty((2 * num_sweeps, n), scores.dtype)
@@ -428,19 +430,22 @@ def _backward(
     rows_now, columns_now, columns_before = np.empty(n), np.empty(n), np.empty(n)
     for item in range(first, last):
         matrix, rows, columns = matrices[item], row_potentials[item], column_potentials[item]
-        grad, grad_matrix, partial = grads[item], grad_matrices[item], parts[turn, thread]
+        grad, grad_matrix = grads[item], grad_matrices[item]
         final, last_u, last_v = epochs[item, num_sweeps - 1], u[item, num_sweeps - 1], v[item, num_sweeps - 1]
-        partial[:] = 0
-        for i in range(start, end):
-            dot = real(0)
-            for j in range(n):
-                value = matrix[i, j] * grad_matrix[i, j]
-                grad[i, j] = value
-                dot += value
-                partial[j] += value
-            carried[i] = dot
+        for part in range(thread, num_parts, team):
+            start, end = _bounds(part, num_parts, n)
+            partial = shared[turn, part]
+            partial[:] = 0
+            for i in range(start, end):
+                dot = real(0)
+                for j in range(n):
+                    value = matrix[i, j] * grad_matrix[i, j]
+                    grad[i, j] = value
+                    dot += value
+                    partial[j] += value
+                carried[i] = dot
         meet(counter, team)
-        _add_up(parts[turn, :team], grad_columns)
+        _add_up(shared[turn], grad_columns)
         turn = 1 - turn
         count = 0
         for k in range(num_sweeps - 1, -1, -1):
@@ -453,13 +458,15 @@ def _backward(
             if close:
                 for j in range(n):
                     right[count, j] = by_column[j] * grad_columns[j]
-                _sweep_back(start, end, matrix, right[count], by_row, carried, x, parts[turn, thread])
-                for i in range(start, end):
-                    left[i, count] = by_row[i]
-                    left[i, count + 1] = x[i]
+                for part in range(thread, num_parts, team):
+                    start, end = _bounds(part, num_parts, n)
+                    _sweep_back(start, end, matrix, right[count], by_row, carried, x, shared[turn, part])
+                    for i in range(start, end):
+                        left[i, count] = by_row[i]
+                        left[i, count + 1] = x[i]
                 right[count + 1] = earlier
                 meet(counter, team)
-                _add_up(parts[turn, :team], total)
+                _add_up(shared[turn], total)
                 for j in range(n):
                     grad_columns[j] = -earlier[j] * total[j]
                 count += 2
@@ -468,17 +475,21 @@ def _backward(
                     rows_now[j] = rows[epoch, j] + math.log2(u[item, k, j])
                     columns_now[j] = columns[epoch, j] + math.log2(v[item, k, j])
                     columns_before[j] = columns[previous, j] + math.log2(v_before[j])
-                _sweep_back_exactly(
-                    start, end, scores[item], scale, rows_now, columns_now, columns_before, grad_columns, carried,
-                    grad, parts[turn, thread]
-                )  # fmt: skip
+                for part in range(thread, num_parts, team):
+                    start, end = _bounds(part, num_parts, n)
+                    _sweep_back_exactly(
+                        start, end, scores[item], scale, rows_now, columns_now, columns_before, grad_columns,
+                        carried, grad, shared[turn, part]
+                    )  # fmt: skip
                 meet(counter, team)
-                _add_up(parts[turn, :team], total)
+                _add_up(shared[turn], total)
                 for j in range(n):
                     grad_columns[j] = -total[j]
             turn = 1 - turn
             carried[:] = 0
-        _take_off(start, end, matrix, left[:, :count], right, factor, sums, grad)
+        for part in range(thread, num_parts, team):
+            start, end = _bounds(part, num_parts, n)
+            _take_off(start, end, matrix, left[:, :count], right, factor, sums, grad)
 
 
 @cache

@@ -4,6 +4,7 @@ import ctypes
 import itertools
 import os
 import re
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -64,24 +65,62 @@ def run_tasks(kernel: Callable[..., None], num_tasks: int, work: int, *arguments
 def run_together(kernel: Callable[..., None], num_tasks: int, work: int, length: int, *arguments: object) -> None:
     """Run a kernel of which several threads can work on one task: all on each where tasks are fewer than threads.
 
+    Results depend on the number of threads that torch uses, not on how many could be had.
+
     Args:
         kernel: called with `first, last, thread, team, counter, shared, *arguments`; `counter` is for
-            `gather_team` and `meet`, and `shared`, `[2, team, length]` in the type of the first array, for what
-            the threads tell each other.
+            `gather_team` and `meet`, and `shared`, `[2, part, length]` in the type of the first array, for what
+            the threads tell each other. It divides a task into as many parts.
     """
     dtype = next(x.dtype for x in arguments if isinstance(x, np.ndarray))
     num_threads = min(torch.get_num_threads(), 1 + work // 2**17)
-    openmp = _openmp() if _CAN_USE_OPENMP and num_tasks < num_threads else None
-    counter = np.zeros(1, np.int64)
+    num_parts = num_threads if num_tasks < num_threads else 1
+    openmp = _openmp() if _CAN_USE_OPENMP and num_parts > 1 and _CROWD.is_clear() else None
     if openmp is not None:
-        shared = np.empty((2, num_threads, length), dtype)
+        counter, shared = np.zeros(2, np.int64), np.empty((2, num_parts, length), dtype)
 
         def take_part(thread: int, team: int) -> None:
             kernel(0, num_tasks, thread, team, counter.ctypes.data, shared, *arguments)
 
+        began = time.perf_counter()
         openmp.run(take_part, num_threads)
-    if openmp is None or counter[0] < 0:
-        run_tasks(kernel, num_tasks, work, 0, 1, 0, np.empty((2, 1, 0), dtype), *arguments)
+        _CROWD.note(int(counter[1]) / (num_threads - 1), time.perf_counter() - began)
+        if counter[0] >= 0:
+            return
+
+    def take_tasks(first: int, last: int) -> None:
+        kernel(first, last, 0, 1, 0, np.empty((2, num_parts, length), dtype), *arguments)
+
+    run_tasks(take_tasks, num_tasks, work)
+
+
+class _Crowd:
+    """Whether others compete for the cores.
+
+    Then the threads of a team wait for each other at every barrier, and one alone is many times
+    as fast. After that has happened the next calls are made alone, twice as many each time.
+    """
+
+    def __init__(self, *, max_pauses: int = 16, least: int = 16, most: int = 4096) -> None:
+        self._max_pauses, self._least, self._most = max_pauses, least, most
+        self._next, self._left = least, 0
+
+    def is_clear(self) -> bool:
+        """Whether to try; counts a call that is made alone."""
+        if self._left == 0:
+            return True
+        self._left -= 1
+        return False
+
+    def note(self, num_pauses: float, seconds: float) -> None:
+        """Learn how often a thread of a team had to pause for another, which is more than half a millisecond each."""
+        if num_pauses <= max(self._max_pauses, 1000 * seconds):
+            self._next = self._least
+        else:
+            self._left, self._next = self._next, min(2 * self._next, self._most)
+
+
+_CROWD = _Crowd()
 
 
 @cache

@@ -245,6 +245,10 @@ class Prune(Task):
     def on_train_end(self) -> None:
         self._seconds += time.monotonic()
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._seconds += checkpoint.get("seconds", 0.0)  # of earlier starts, their search included
+
     def on_fit_start(self) -> None:
         self._bring_layers()
 
