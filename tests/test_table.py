@@ -104,6 +104,28 @@ def test_a_baseline_without_a_seed_leaves_it_out_of_the_gains(tmp_path: Path) ->
     assert "dense" not in rows
 
 
+def test_rows_are_compared_with_what_they_share_model_sites_and_samples_with(tmp_path: Path) -> None:
+    learned = ("task=prune", "method=sort_ste")
+    long, block = "task.dense_steps=9", "task.sites=[blocks.0.mlp.fc2]"
+    configs = [
+        finished(tmp_path, "task=prune", "method=fixed", test__accuracy=0.5, test__accuracy_dense=0.8),
+        finished(tmp_path, "task=prune", "method=fixed", long, test__accuracy=0.7, test__accuracy_dense=0.9),
+        finished(tmp_path, *learned, test__accuracy=0.6),
+        finished(tmp_path, *learned, long, test__accuracy=0.75),
+        # Without a run of plain Wanda at this site: what the run itself has measured of it.
+        finished(tmp_path, *learned, block, test__accuracy=0.65, test__accuracy_unpermuted=0.64),
+        # Another importance without a baseline.
+        finished(tmp_path, *learned, block, "task.pruner=ria", "task.num_samples=3", test__accuracy=0.6),
+    ]
+    rows = rows_of(write_table(configs, tmp_path / "table"))
+    gains = {label: cells[1] for label, cells in rows.items() if "sort_ste" in label}
+    assert list(gains.values()) == ["+10.0 (+10.0)", "+5.0 (+5.0)", "+1.0 (+1.0)", ""]
+    assert {label: cells[0] for label, cells in rows.items() if label.startswith("dense")} == {
+        "dense dense_steps=None": "80.0",
+        "dense dense_steps=9": "90.0",
+    }
+
+
 def test_perplexity_is_compared_in_per_cent_and_its_worst_is_the_largest(tmp_path: Path) -> None:
     plain, learned = [10.0, 20.0], [8.0, 19.0]
     configs = []

@@ -12,6 +12,9 @@ from permlab.report import headline
 from permlab.rundir import read_provenance, read_summary, write_text
 
 Config = Mapping[str, Any]
+# What rows have to share to be compared: the dense model, and then what of it was pruned, on which samples.
+DENSE = ("dense", "dense_steps")
+PRUNED = (*DENSE, "sites", "num_samples")
 # Columns of a pruning study beside the tested metric: heading, key, and format.
 PRUNING = (
     ("retained", "prune/retained", ".4f"),
@@ -63,29 +66,33 @@ def _section_table(title: str, groups: Sequence[Sequence[Config]]) -> tuple[str,
     runs = [[(config, read_summary(run_directory(config))) for config in group] for group in groups]
     metric = headline(runs[0][0][1])
     labels = _labels([group[0] for group in groups])
-    baseline = _baseline(runs, metric)
-    columns = _columns(runs, metric, baseline)
+    columns = _columns(runs, metric, _baselines(runs, metric))
     header = ["", *(name for name, _ in columns)]
     lines = [f"## {title}", "", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     records = []
     for label, group in zip(labels, runs, strict=True):
         lines.append("| " + " | ".join([label, *(column(group) for _, column in columns)]) + " |")
         records += [_record(title, label, config, summary) for config, summary in group]
-    dense = _dense_row(runs, metric, len(columns))
+    dense = _dense_rows(runs, metric, len(columns))
     return "\n".join([*lines[:4], *dense, *lines[4:]]), records
 
 
-def _dense_row(runs: Any, metric: str, num_columns: int) -> list[str]:
+def _dense_rows(runs: Any, metric: str, num_columns: int) -> list[str]:
     """The models that were pruned, each seed once."""
-    found = {
-        config["seed"]: summary[f"{metric}_dense"]
-        for g in runs
-        for config, summary in g
-        if f"{metric}_dense" in summary
-    }
-    if not found:
-        return []
-    return ["| " + " | ".join(["dense", _spread(list(found.values()), metric), *[""] * (num_columns - 1)]) + " |"]
+    found: dict[tuple[str, ...], dict[int, float]] = {}
+    for config, summary in (run for group in runs for run in group):
+        if f"{metric}_dense" in summary:
+            found.setdefault(_settings(config, DENSE), {})[config["seed"]] = summary[f"{metric}_dense"]
+    lines = []
+    for settings, values in found.items():
+        differing = [x for i, x in enumerate(settings) if any(other[i] != x for other in found)]
+        cells = [" ".join(["dense", *differing]), _spread(list(values.values()), metric), *[""] * (num_columns - 1)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _settings(config: Config, keys: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{key}={config['task'].get(key)}" for key in keys)
 
 
 def _labels(configs: Sequence[Config]) -> list[str]:
@@ -116,23 +123,29 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _baseline(runs: Any, metric: str) -> dict[int, float]:
-    """Metric of plain Wanda, or of the fixed order, for every seed."""
-    for group in runs:
-        task, method = group[0][0]["task"], group[0][0]["method"]
-        if method["name"] == "fixed" and task.get("pruner", "wanda") == "wanda":
-            return {config["seed"]: summary[metric] for config, summary in group}
-    return {}
+def _baselines(runs: Any, metric: str) -> dict[tuple[str, ...], dict[int, float]]:
+    """Metric of plain Wanda, or of the fixed order, for every seed, by what it shares with the rows it is for.
+
+    Runs that prune by Wanda have measured it themselves, on the way.
+    """
+    found: dict[tuple[str, ...], dict[int, float]] = {}
+    for config, summary in (run for group in runs for run in group):
+        plain = metric if config["method"]["name"] == "fixed" else f"{metric}_unpermuted"
+        if config["task"].get("pruner", "wanda") == "wanda" and plain in summary:
+            found.setdefault(_settings(config, PRUNED), {})[config["seed"]] = summary[plain]
+    return found
 
 
-def _columns(runs: Any, metric: str, baseline: Mapping[int, float]) -> list[tuple[str, Callable[[Any], str]]]:
+def _columns(
+    runs: Any, metric: str, baselines: Mapping[tuple[str, ...], Mapping[int, float]]
+) -> list[tuple[str, Callable[[Any], str]]]:
     percent = metric == "test/accuracy"
     columns: list[tuple[str, Callable[[Any], str]]] = [
         ("accuracy, %" if percent else "perplexity", lambda group: _spread([s[metric] for _, s in group], metric)),
     ]
-    if baseline:
+    if baselines:
         unit = "points" if percent else "%"
-        columns.append((f"against plain, {unit} (worst)", lambda group: _gain(group, metric, baseline)))
+        columns.append((f"against plain, {unit} (worst)", lambda group: _gain(group, metric, baselines)))
     for name, key, shape in PRUNING:
         if any(key in summary for group in runs for _, summary in group):
             columns.append((name, lambda group, key=key, shape=shape: _mean(group, key, shape)))  # type: ignore[misc]
@@ -146,8 +159,9 @@ def _spread(values: Sequence[float], metric: str) -> str:
     return f"{mean} ± {format(scale * statistics.stdev(values), shape)}" if len(values) > 1 else mean
 
 
-def _gain(group: Any, metric: str, baseline: Mapping[int, float]) -> str:
+def _gain(group: Any, metric: str, baselines: Mapping[tuple[str, ...], Mapping[int, float]]) -> str:
     """Mean difference to the baseline of the same seed, and the least favourable: points, or per cent of perplexity."""
+    baseline = baselines.get(_settings(group[0][0], PRUNED), {})
     pairs = [(summary[metric], baseline[config["seed"]]) for config, summary in group if config["seed"] in baseline]
     if not pairs or all(ours == theirs for ours, theirs in pairs):
         return ""
