@@ -204,6 +204,33 @@ def test_no_step_fetches_a_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert Watch.seen == 3
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["fixed", "sort_ste", "sort_softmax", "neural_sort", "reorder"])
+def test_no_step_waits_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """By torch's profiler, in the third step. (An assignment is solved on the CPU, so methods with one do wait.)"""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    profile = torch.profiler.profile(activities=activities)
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if trainer.global_step == 2:
+                profile.start()
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            if trainer.global_step == 3:
+                profile.stop()
+
+    build = permlab.run._callbacks
+    monkeypatch.setattr(permlab.run, "_callbacks", lambda *parts: [Watch(), *build(*parts)])
+    words = ("trainer=gpu", "task.control=false", "trainer.log_every_n_steps=100", f"method={method}")
+    result = train(tmp_path, *words, steps=4)
+    assert result.code == 0, result.err
+    names = {event.key for event in profile.key_averages()}
+    assert any("Kernel" in name for name in names), "something ran on the device"
+    waits = [name for name in names if "StreamSynchronize" in name or "EventSynchronize" in name or "DtoH" in name]
+    assert waits == []
+
+
 @pytest.mark.parametrize("place", ["images", "scores", "gradient"])
 def test_a_late_look_still_names_the_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: None, place: str

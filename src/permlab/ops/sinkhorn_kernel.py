@@ -398,23 +398,9 @@ def _take_off(start, end, matrix, left, right, factor, sums, grad):
 
 @no_type_check
 def _backward(
-    first,
-    last,
-    thread,
-    team,
-    counter,
-    shared,
-    scores,
-    scale,
-    matrices,
-    u,
-    v,
-    epochs,
-    row_potentials,
-    column_potentials,
-    grad_matrices,
-    grads,
-):
+    first, last, thread, team, counter, shared, scores, scale, matrices, u, v, epochs, row_potentials,
+    column_potentials, grad_matrices, grads
+):  # fmt: skip
     """Gradients of `scores` times temperature, from the results and what the forward pass left; shapes as there."""
     if not gather_team(counter, team):
         return
