@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from numba import int64
+from numba.core.caching import FunctionCache
 
 from permlab.ops import kernel
 
@@ -27,3 +28,26 @@ def test_machine_code_made_with_another_version_of_this_package_is_not_used(
     assert [hits(), hits()] == [0, 1]
     monkeypatch.setattr(kernel, "_THIS_FILE", "another")
     assert hits() == 0
+
+
+class NoPlace(FunctionCache):
+    def __init__(self, function) -> None:
+        raise RuntimeError("cannot cache function: no locator available")
+
+
+class FullDisk(FunctionCache):
+    def save_overload(self, *arguments) -> None:
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("cache", [NoPlace, FullDisk])
+def test_compilation_does_without_a_cache_where_none_can_be_written(
+    cache: type[FunctionCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def thrice(x):
+        return 3 * x
+
+    monkeypatch.setattr(kernel, "_Cache", cache)
+    compiled = kernel.compile_kernel(thrice, int64(int64))
+    assert compiled(14) == 42
+    assert not compiled.stats.cache_hits

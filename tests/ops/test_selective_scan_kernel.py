@@ -1,10 +1,9 @@
-"""The kernel's elementary functions against extended precision, and its compilation where nothing can be written."""
+"""The kernel's elementary functions against extended precision."""
 
 import numpy as np
 import pytest
 from numba import njit
 
-from permlab.ops import kernel as module
 from permlab.ops.kernel import exp2
 from permlab.ops.selective_scan_kernel import sigmoid, softplus
 
@@ -38,13 +37,3 @@ def test_elementary_functions_at_the_ends(dtype: type) -> None:
     np.testing.assert_array_equal(powers, np.array([0, 0, 1, np.inf, np.inf, np.nan], dtype))
     np.testing.assert_array_equal(gates, np.array([0, 0, 0.5, 1, 1, np.nan], dtype))
     np.testing.assert_allclose(steps, np.array([0, 0, np.log(2), 1e4, np.inf, np.nan], dtype), rtol=1e-7)
-
-
-def test_compilation_does_without_a_cache_where_none_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    def without_cache(signature, *, cache=False, **options):
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return lambda function: (function, signature, options["nogil"])
-
-    monkeypatch.setattr(module, "njit", without_cache)
-    assert module.compile_kernel(functions, "signature") == (functions, "signature", True)
