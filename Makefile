@@ -56,7 +56,7 @@ audit: $(STAMP)  ## look up the locked packages in an advisory database (needs t
 		exit 1; }
 
 options: $(STAMP)  ## write docs/options.md anew from the sources and conf/
-	@$(BIN)/python -m permlab.reference
+	@$(BIN)/python -m permlab.config.reference
 
 lock: $(STAMP)  ## resolve pyproject.toml anew into requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --upgrade \

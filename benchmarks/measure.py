@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from permlab import provenance
+from permlab.record import provenance
 
 
 def alternate(functions: Mapping[str, Callable[[], object]], *, budget_s: float = 3.0) -> dict[str, list[float]]:

@@ -26,12 +26,13 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from measure import alternate, facts, median_ratio, processor
-from permlab.assembly import assemble
 from permlab.cli import main as command_line
 from permlab.cli import resolve
-from permlab.config import build, run_directory
+from permlab.config.build import build
+from permlab.config.identity import run_directory
 from permlab.data.module import DataModule
-from permlab.optim import build_optimizer
+from permlab.run.assembly import assemble
+from permlab.task.optim import build_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 Result = dict[str, Any]
@@ -157,7 +158,7 @@ def startup() -> Result:
             result[name] = {"seconds": statistics.median(seconds), "at most": 1.5}
     code = (
         "import time; a = time.perf_counter(); import torch, lightning, torchmetrics; b = time.perf_counter();"
-        "import permlab.run; print(b - a, time.perf_counter() - b)"
+        "import permlab.run.story; print(b - a, time.perf_counter() - b)"
     )
     pairs = [[float(x) for x in _python("-c", code).split()] for _ in range(3)]
     result["import torch, lightning"] = {"seconds": statistics.median(first for first, _ in pairs)}

@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from permlab.checkpoint import newest_state
-from permlab.multirun import _job
-from permlab.rundir import is_done, read_metrics, read_summary
-from permlab.schema import CONF
+from permlab.config.schema import CONF
+from permlab.record.checkpoint import newest_state
+from permlab.record.rundir import is_done, read_metrics, read_summary
+from permlab.study.jobs import _job
 
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
 COMMON = (
@@ -67,7 +67,7 @@ def words(scenario: str, runs: Path) -> list[str]:
 def start(arguments: list[str], log: Path) -> BaseProcess:
     """One start of the command, its output in a file."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["permlab.run"])
+    context.set_forkserver_preload(["permlab.run.story"])
     process = context.Process(target=_start, args=(arguments, str(log), os.getpid()))
     process.start()
     return process

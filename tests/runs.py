@@ -3,13 +3,16 @@
 import contextlib
 import io
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from permlab.cli import main, resolve
-from permlab.config import run_directory
+from permlab.cli import main
+from permlab.config.check import plan_of
+from permlab.config.compose import resolve_train
 
 SHORT = ("logger.mode=disabled", "data.batch_size=32")
 
@@ -40,4 +43,23 @@ def train(runs: Path, *overrides: str, steps: int = 2) -> Result:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main("train", words)
-    return Result(code, out.getvalue(), err.getvalue(), run_directory(resolve("train", words)[0]))
+    return Result(code, out.getvalue(), err.getvalue(), resolve_train(words)[0].directory)
+
+
+def configure(words: Sequence[str]) -> dict[str, Any]:
+    """Complete configuration that these words give, for a test to change."""
+    return dict(resolve_train(words)[0].config)
+
+
+def assemble(config: Mapping[str, Any]) -> Any:
+    """Parts of a run from its configuration; nothing is trained before."""
+    from permlab.run.assembly import assemble
+
+    return assemble(plan_of(config))
+
+
+def data_module(config: Mapping[str, Any], seed: int = 0) -> Any:
+    """Loaders of a configuration's data set."""
+    from permlab.data.module import DataModule
+
+    return DataModule(plan_of(config).data, config["data"], seed)

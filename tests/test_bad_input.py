@@ -24,13 +24,13 @@ from hypothesis import strategies as st
 from runs import train
 
 import permlab.cli
-import permlab.compose
 import permlab.config
-import permlab.run
-import permlab.schema
+import permlab.config.compose
+import permlab.config.schema
+import permlab.run.story
 from permlab.cli import main
-from permlab.config import CONF, GROUPS, run_directory
-from permlab.schema import _SCHEMAS, component_names, component_options, components
+from permlab.config.identity import run_directory
+from permlab.config.schema import _SCHEMAS, CONF, GROUPS, component_names, component_options, components
 
 # Cases of each kind; together at least 2000.
 NUM_OVERRIDES, NUM_SWEEPS, NUM_YAML, NUM_CONFIGS = 350, 100, 130, 800
@@ -277,7 +277,7 @@ def counted() -> Iterator[None]:
 def no_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     """Nothing is trained; what would have been is a directory, which has to lie where runs lie."""
     reached: list[Path] = []
-    monkeypatch.setattr(permlab.run, "train", lambda config: reached.append(run_directory(config)))
+    monkeypatch.setattr(permlab.run.story, "train", lambda config: reached.append(run_directory(config)))
     monkeypatch.chdir(tmp_path)
     return reached
 
@@ -324,9 +324,9 @@ SWEEPS = [
 
 def test_sweeps(no_training: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job that cannot run is a line of its own, so here the command line is the whole sweep or one job of it."""
-    import permlab.multirun
+    import permlab.study.jobs
 
-    monkeypatch.setattr(permlab.multirun, "run_isolated", lambda name, job: 0)
+    monkeypatch.setattr(permlab.study.jobs, "run_isolated", lambda name, job: 0)
 
     @cases(NUM_SWEEPS)
     @given(keys(), st.one_of(st.sampled_from(SWEEPS), VALUES), overrides())
@@ -409,7 +409,7 @@ LINES = [
 def test_yaml_files(no_training: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     conf = tmp_path / "conf"
     shutil.copytree(CONF, conf)
-    for module in (permlab.cli, permlab.compose, permlab.config, permlab.schema):
+    for module in (permlab.cli, permlab.config.compose, permlab.config, permlab.config.schema):
         monkeypatch.setattr(module, "CONF", conf)
     names = ["train.yaml", "task/classify.yaml", "method/sinkhorn.yaml", "model/ssm_probe.yaml", "data/digits.yaml"]
     names += ["optim/adamw.yaml", "trainer/cpu.yaml", "logger/wandb.yaml", "eval.yaml", "method/sinkhorn_ste.yaml"]
@@ -476,13 +476,13 @@ def test_configurations_of_runs(finished: Path, tmp_path: Path, monkeypatch: pyt
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     paths = list(leaves(config))
 
-    class Reached(permlab.run.ConfigError):
+    class Reached(permlab.run.story.ConfigError):
         """Evaluation would begin."""
 
     def stop(*_: object) -> None:
         raise Reached("reached")
 
-    monkeypatch.setattr(permlab.run, "_build", stop)
+    monkeypatch.setattr(permlab.run.story, "_build", stop)
     monkeypatch.setattr(permlab.cli, "resolve", _resolving(run_dir))
 
     @cases(NUM_CONFIGS)
@@ -549,11 +549,13 @@ def test_files_of_a_finished_run(finished: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(permlab.cli, "resolve", _resolving(run_dir, config))
     monkeypatch.setattr(permlab.cli, "run_directory", lambda config: run_dir)
     monkeypatch.setattr(
-        permlab.run,
+        permlab.run.story,
         "evaluate_best",
-        lambda *args, **_: permlab.run.load_weights(run_dir / "checkpoints" / "best.ckpt", *args[2].tested()) or {},
+        lambda *args, **_: (
+            permlab.run.story.load_weights(run_dir / "checkpoints" / "best.ckpt", *args[2].tested()) or {}
+        ),
     )
-    monkeypatch.setattr(permlab.run, "train", lambda config: None)
+    monkeypatch.setattr(permlab.run.story, "train", lambda config: None)
 
     @cases(NUM_FILES)
     @given(st.sampled_from(names), st.integers(0, 2**32), st.booleans())
@@ -623,7 +625,7 @@ def test_checkpoints(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     run_dir = tmp_path / "run"
     fresh(finished, run_dir)
     original = (run_dir / "checkpoints" / "best.ckpt").read_bytes()
-    monkeypatch.setattr(permlab.run, "_test", lambda *_, **__: {})
+    monkeypatch.setattr(permlab.run.story, "_test", lambda *_, **__: {})
     monkeypatch.setattr(permlab.cli, "resolve", _resolving(run_dir))
 
     @cases(NUM_CHECKPOINTS)
@@ -646,8 +648,8 @@ def test_resuming(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     fresh(finished, run_dir)
     monkeypatch.setattr(permlab.cli, "resolve", _resolving(run_dir, config))
     monkeypatch.setattr(permlab.cli, "run_directory", lambda config: run_dir)
-    monkeypatch.setattr(permlab.run, "run_directory", lambda config: run_dir)
-    monkeypatch.setattr(permlab.run, "draw_all", lambda run_dir: [])
+    monkeypatch.setattr(permlab.run.story, "run_directory", lambda config: run_dir)
+    monkeypatch.setattr(permlab.run.story, "draw_all", lambda run_dir: [])
 
     @cases(NUM_RESUMES)
     @given(

@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+from runs import configure
 
 from permlab.cli import expand, help_text, main, parse_overrides, resolve, split_arguments
-from permlab.config import CONF, GROUPS, component_names, digest, run_directory
+from permlab.config.identity import digest, run_directory
+from permlab.config.schema import CONF, GROUPS, component_names
 from permlab.data.spec import DataSpec
 from permlab.errors import ConfigError
 
@@ -105,11 +107,11 @@ def test_paths_with_equal_signs_need_no_quotes() -> None:
 
 
 def test_temperature_takes_a_number_or_a_schedule_whatever_the_preset_has() -> None:
-    config, _ = resolve("train", ["method=reorder", "method.temperature=0.5"])
+    config = configure(["method=reorder", "method.temperature=0.5"])
     assert config["method"]["temperature"] == 0.5
-    config, _ = resolve("train", ["method=sinkhorn_ste", "method.temperature={start: 1.0, end: 0.1}"])
+    config = configure(["method=sinkhorn_ste", "method.temperature={start: 1.0, end: 0.1}"])
     assert config["method"]["temperature"] == {"start": 1.0, "end": 0.1}
-    config, _ = resolve("train", ["method=reorder", "method.temperature.start=0.7"])
+    config = configure(["method=reorder", "method.temperature.start=0.7"])
     assert config["method"]["temperature"]["start"] == 0.7
 
 
@@ -120,18 +122,18 @@ def test_a_setting_of_another_component_is_a_warning() -> None:
 
 
 def test_values_are_derived_from_the_data() -> None:
-    config, _ = resolve("train", ["model=vit_nano"])
+    config = configure(["model=vit_nano"])
     assert config["model"]["patch_size"] == 1
     assert config["trainer"]["val_check_interval"] == 150
-    assert resolve("train", ["trainer.max_steps=2"])[0]["trainer"]["val_check_interval"] == 2
-    assert resolve("train", ["method=fixed"])[0]["task"]["control"] is False
+    assert configure(["trainer.max_steps=2"])["trainer"]["val_check_interval"] == 2
+    assert configure(["method=fixed"])["task"]["control"] is False
 
 
 def test_run_directory_depends_on_what_is_computed_not_on_where() -> None:
-    base, _ = resolve("train", [])
-    elsewhere, _ = resolve("train", ["logger.mode=disabled", "data.num_workers=2", "force=true"])
-    seeded, _ = resolve("train", ["seed=1"])
-    other, _ = resolve("train", ["optim.lr=0.5"])
+    base = configure([])
+    elsewhere = configure(["logger.mode=disabled", "data.num_workers=2", "force=true"])
+    seeded = configure(["seed=1"])
+    other = configure(["optim.lr=0.5"])
     assert run_directory(base) == run_directory(elsewhere)
     assert digest(base) == digest(seeded) != digest(other)
     assert run_directory(base).parts[:-1] == ("runs", "classify", "digits-ssm_probe-sinkhorn_ste")
@@ -235,5 +237,5 @@ def test_shell_completion_knows_the_choices() -> None:
 
 
 def test_an_order_is_counted_in_items_not_in_patches() -> None:
-    config, _ = resolve("train", ["model=qwen_vl_nano", "model.patch_size=2", "method.order=[3,1,2,0]"])
+    config = configure(["model=qwen_vl_nano", "model.patch_size=2", "method.order=[3,1,2,0]"])
     assert config["method"]["order"] == [3, 1, 2, 0]

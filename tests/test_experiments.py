@@ -14,12 +14,14 @@ import pytest
 import torch
 import yaml
 
-from permlab.assembly import fitting_sites
 from permlab.cli import expand
-from permlab.compose import compose_config
-from permlab.config import build, data_spec, prepare
+from permlab.config import prepare
+from permlab.config.build import build
+from permlab.config.compose import compose_config
+from permlab.config.plan import data_spec
+from permlab.config.schema import CONF, component_names
 from permlab.model.base import Backbone
-from permlab.schema import CONF, component_names
+from permlab.run.assembly import fitting_sites
 
 EXPECTED = yaml.safe_load((CONF.parent / "results" / "expected.yaml").read_text())
 NUMBERS = EXPECTED["numbers"]

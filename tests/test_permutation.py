@@ -5,15 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from permlab.ops.sorting import soft_sort
-from permlab.permutation import (
-    PermutationSample,
-    Site,
-    check_order,
-    gather_items,
-    invert,
-    order_to_matrix,
-    permute,
-)
+from permlab.permutation import PermutationSample, Site, check_order, gather_items, invert, order_to_matrix, permute
 
 BATCHES = [(), (2,), (2, 3)]
 # Batch axes of the sample, then those of the items.

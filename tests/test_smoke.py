@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from runs import train
 
-import permlab.run
-from permlab.compose import compose_config
+import permlab.run.story
+from permlab.config.compose import compose_config
+from permlab.config.schema import class_name, component_names, component_path
 from permlab.option import class_constant
-from permlab.schema import class_name, component_names, component_path
 
 NANO = ("vit_nano", "vim_nano", "llama_nano", "ssm_probe", "qwen_vl_nano")
 METHODS = component_names("method")
@@ -21,7 +21,7 @@ def _for_pruning_only(preset: str) -> bool:
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(permlab.run, "draw_all", lambda run_dir: [])
+    monkeypatch.setattr(permlab.run.story, "draw_all", lambda run_dir: [])
 
 
 @pytest.mark.parametrize("model", NANO)

@@ -4,26 +4,22 @@ Nothing here imports torch until the configuration is known to be good and the r
 not to be finished. Bad input of any kind is one line on stderr.
 """
 
-import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.types import Override, RangeSweep
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from permlab.compose import compose_config, parse_overrides, resolve_train
-from permlab.config import run_directory
-from permlab.errors import ConfigError, Interrupted, RunError
-from permlab.schema import CONF, component_names, nearest
-from permlab.secret import redact
+from permlab.config.compose import resolve, resolve_evaluation, resolve_train
+from permlab.config.plan import Plan
+from permlab.config.schema import CONF, component_names
+from permlab.config.secret import redact
+from permlab.errors import ConfigError, Interrupted, RunError, nearest
+from permlab.record.rundir import is_done, read_summary
 
-# Of a multirun; more are a slip of the pen.
-MAX_JOBS = 10_000
 HYDRA_FLAGS = ("--hydra-help", "--version", "--info", "-i", "--shell-completion", "-sc")
 OWN_FLAGS = ("--help", "-h", "--cfg", "-c", "--resolve", "--package", "-p", "--multirun", "-m")
 
@@ -79,37 +75,48 @@ def _dispatch(name: str, arguments: list[str]) -> int:
     if "--cfg" in parsed.flags:
         return _print_config(name, parsed)
     if "--multirun" in parsed.flags:
-        from permlab.multirun import multirun
-
-        return multirun(name, expand(parsed.overrides))
-    config, warnings = resolve(name, parsed.overrides)
+        return _multirun(name, parsed.overrides)
+    if name == "eval":
+        return _evaluate(resolve_evaluation(parsed.overrides))
+    plan, warnings = resolve_train(parsed.overrides)
     for warning in warnings:
         print(redact(f"warning: {warning}"), file=sys.stderr)
-    return _commands()[name](config)
+    return _train(plan)
 
 
-def _commands() -> dict[str, Callable[[dict[str, Any]], int]]:
-    def train(config: dict[str, Any]) -> int:
-        from permlab.report import print_report
-        from permlab.rundir import is_done, read_summary
+def _multirun(name: str, words: Sequence[str]) -> int:
+    """Run every combination of swept values, one after the other, and show them in a table."""
+    from permlab.study.grid import expand
+    from permlab.study.jobs import resolve_jobs, run_jobs, worst_code
 
-        run_dir = run_directory(config)
-        if is_done(run_dir) and not config["force"]:
-            print("this run is finished; force=true repeats it")
-            print_report(config, read_summary(run_dir))
-            return 0
-        from permlab.run import train
+    jobs = expand(words)
+    plans = resolve_jobs(name, jobs)
+    codes = run_jobs(main, name, jobs, plans)
+    if name == "train" and len(codes) == len(jobs):
+        from permlab.study.table import job_table
 
-        train(config)
+        print(job_table(jobs, plans, codes))
+    return worst_code(codes)
+
+
+def _train(plan: Plan) -> int:
+    if is_done(plan.directory) and not plan.is_forced:
+        from permlab.study.report import print_report
+
+        print("this run is finished; force=true repeats it")
+        print_report(plan, read_summary(plan.directory))
         return 0
+    from permlab.run.story import train
 
-    def evaluate(config: dict[str, Any]) -> int:
-        from permlab.run import evaluate
+    train(plan)
+    return 0
 
-        evaluate(config)
-        return 0
 
-    return {"train": train, "eval": evaluate}
+def _evaluate(config: Mapping[str, Any]) -> int:
+    from permlab.run.evaluation import evaluate
+
+    evaluate(config)
+    return 0
 
 
 # Arguments and overrides
@@ -137,90 +144,6 @@ def split_arguments(arguments: Sequence[str]) -> Arguments:
                 raise ConfigError(f"{long}: needs a value{'; valid choice: job' if long == '--cfg' else ''}")
         parsed.flags[long] = value or True
     return parsed
-
-
-def expand(words: Sequence[str]) -> list[list[str]]:
-    """Jobs of a multirun: the Cartesian product of every swept key, the last one varying fastest.
-
-    Raises:
-        ConfigError: if there are more than `MAX_JOBS`, or a sweep cannot be expanded.
-    """
-    axes, num_jobs = [], 1
-    for override in parse_overrides(words):
-        key = override.input_line.split("=", 1)[0] if override.input_line else override.key_or_group
-        if override.is_sweep_override():
-            axes.append([f"{key}={value}" for value in _sweep_values(override)])
-        else:
-            axes.append([override.input_line or ""])
-        num_jobs *= len(axes[-1])
-        if num_jobs > MAX_JOBS:
-            raise ConfigError(f"{override.input_line}: more than {MAX_JOBS} jobs")
-    if num_jobs == 0:
-        raise ConfigError("-m: a sweep over no values has no jobs")
-    return [list(job) for job in itertools.product(*axes)]
-
-
-def _sweep_values(override: Override) -> list[str]:
-    """Values of a swept key, one more than `MAX_JOBS` at most."""
-    try:
-        value = override.value()
-        if isinstance(value, RangeSweep):  # which may be longer than memory
-            assert value.start is not None
-            assert value.stop is not None
-            steps = (float(value.stop) - float(value.start)) / float(value.step)
-            if not steps <= MAX_JOBS:
-                raise ConfigError(f"{override.input_line}: more than {MAX_JOBS} jobs")
-        return list(itertools.islice(override.sweep_string_iterator(), MAX_JOBS + 1))
-    except (HydraException, ValueError, ArithmeticError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{override.input_line}: cannot be swept, {reason}") from error
-
-
-def resolve(name: str, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Complete, validated configuration of one run, and warnings about settings without effect.
-
-    Raises:
-        ConfigError: with every problem found.
-    """
-    try:
-        if name == "train":
-            return resolve_train(words)
-        composed, problems = compose_config(name, words)
-        if problems:
-            raise ConfigError(problems)
-        return _check_eval(composed), []
-    except OSError as error:  # of a path that cannot even be asked for: too long, or not allowed
-        raise ConfigError(f"{error.filename}: {error.strerror}") from error
-
-
-def _check_eval(config: dict[str, Any]) -> dict[str, Any]:
-    valid = ("run", "split", "upload", "export", "sparse")
-    problems = [f"{key}={config[key]}: unknown key{nearest(key, [*valid])}" for key in config if key not in valid]
-    run, split, upload, export, sparse = (config.get(key) for key in valid)
-    if run == "???":
-        problems.append("run: missing, expected a run directory")
-    elif not Path(str(run), "config.yaml").is_file():
-        problems.append(f"run={run}: not a run directory (no config.yaml){_nearest_run(str(run))}")
-    elif not Path(str(run), "checkpoints", "best.ckpt").is_file():
-        problems.append(f"run={run}: no checkpoints/best.ckpt; the run has not validated yet")
-    if split not in ("val", "test"):
-        problems.append(f"split={split}: expected val or test{nearest(split, ['val', 'test'])}")
-    for key, value in (("upload", upload), ("sparse", sparse)):
-        if not isinstance(value, bool):
-            problems.append(f"{key}={value}: expected true or false")
-    if sparse is True and export is None:
-        problems.append("sparse=true: needs export=<folder>")
-    if export is not None and Path(str(export)).exists() and (not Path(export).is_dir() or any(Path(export).iterdir())):
-        problems.append(f"export={export}: exists and is not an empty folder; nothing is written over")
-    if problems:
-        raise ConfigError(problems)
-    return config
-
-
-def _nearest_run(run: str) -> str:
-    parent = Path(run).parent
-    runs = [str(path.parent) for path in parent.glob("*/config.yaml")] if parent.is_dir() else []
-    return nearest(run, runs) if runs else ""
 
 
 # Information
@@ -260,7 +183,8 @@ def _first_comment(path: Path) -> str:
 def _print_config(name: str, parsed: Arguments) -> int:
     if parsed.flags["--cfg"] != "job":
         raise ConfigError(f"--cfg {parsed.flags['--cfg']}: expected job (Hydra's own settings are not used)")
-    config: Any = resolve(name, parsed.overrides)[0]
+    config: Any = resolve(name, parsed.overrides)
+    config = config.config if name == "train" else config
     for key in str(parsed.flags.get("--package", "")).split(".") if "--package" in parsed.flags else []:
         if not isinstance(config, dict) or key not in config:
             raise ConfigError(f"--package {parsed.flags['--package']}: no such part of the configuration")

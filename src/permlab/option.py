@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 
 @dataclass(frozen=True)
@@ -46,24 +46,126 @@ Fraction = Annotated[float, Range(ge=0, le=1)]
 Dropout = Annotated[float, Range(ge=0, lt=1)]
 
 
-class _TemperatureType:
-    """Marker of `Temperature`; see `permlab.ops.schedule.parse` for the accepted forms."""
+class Mark:
+    """What is to be known of an option beside its type."""
 
 
-class _OrderType:
-    """Marker of `Order`; see `permlab.order.resolve_order` for the accepted forms."""
+class Rule(Mark):
+    """A rule between an option and others of its component, checked once every single value is right."""
+
+    def problem(self, value: Any, settings: Mapping[str, Any], group: str) -> str | None:
+        """What is wrong with a value, without the key and the value themselves; None if nothing is.
+
+        Args:
+            value: of the option, of its type and within its range.
+            settings: all options of the component.
+            group: their configuration group, for the names of keys.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no problem")
 
 
-# A positive number, or a schedule {kind, start, peak, end}.
-Temperature = Annotated[float | Mapping[str, Any], _TemperatureType]
+@dataclass(frozen=True)
+class Divides(Rule):
+    """The option divides another one.
+
+    Args:
+        other: key of the option that is divided.
+        unit: what that one counts, in place of its key in the message.
+    Example:
+        >>> Divides("width").problem(3, {"width": 8}, "model")
+        'does not divide model.width=8'
+    """
+
+    other: str
+    unit: str = ""
+
+    def problem(self, value: Any, settings: Mapping[str, Any], group: str) -> str | None:
+        whole = settings[self.other]
+        if whole % value == 0:
+            return None
+        return f"does not divide {whole} {self.unit}" if self.unit else f"does not divide {group}.{self.other}={whole}"
+
+    def __str__(self) -> str:
+        return f"divides `{self.other}`"
+
+
+@dataclass(frozen=True)
+class SharesOne(Rule):
+    """The option and another one are parts of the same whole, so they do not exceed 1 together.
+
+    Example:
+        >>> SharesOne("warmup_fraction").problem(0.75, {"warmup_fraction": 0.5}, "method")
+        'with method.warmup_fraction=0.5 exceeds 1'
+    """
+
+    other: str
+
+    def problem(self, value: Any, settings: Mapping[str, Any], group: str) -> str | None:
+        part = settings.get(self.other, 0)
+        return f"with {group}.{self.other}={part} exceeds 1" if value + part > 1 else None
+
+    def __str__(self) -> str:
+        return f"at most 1 with `{self.other}`"
+
+
+@dataclass(frozen=True)
+class Where(Rule):
+    """The option needs some value, or at least some number, where another option has a certain value.
+
+    Example:
+        >>> Where("baseline", "leave_one_out", at_least=2).problem(1, {"baseline": "leave_one_out"}, "method")
+        'method.baseline=leave_one_out needs at least 2'
+    """
+
+    other: str
+    value: Any
+    at_least: float | None = None
+    equals: Any = None
+
+    def problem(self, value: Any, settings: Mapping[str, Any], group: str) -> str | None:
+        if settings.get(self.other) != self.value:
+            return None
+        fits = value == self.equals if self.at_least is None else value >= self.at_least
+        return None if fits else f"{group}.{self.other}={self.value} needs {self._needed()}"
+
+    def _needed(self) -> str:
+        return str(self.equals) if self.at_least is None else f"at least {self.at_least:g}"
+
+    def __str__(self) -> str:
+        return f"{self._needed()} with `{self.other}={self.value}`"
+
+
+class ItemSide(Mark):
+    """The option is a factor of the side of an item, in pixels: the items of an image form a grid by them."""
+
+
+class TakenAsWritten(Mark):
+    """The value is a path or a name, which may hold signs that Hydra's grammar would want quoted."""
+
+
+class TemperatureForm(Mark):
+    """The value is a number or a schedule, in a form that `permlab.ops.schedule.parse` reads."""
+
+
+class OrderForm(Mark):
+    """The value names an order, in a form that `permlab.task.place.starting_order` reads."""
+
+
+# A number >= 0, or a schedule {kind, start, peak, end}.
+Temperature = Annotated[float | Mapping[str, Any], TemperatureForm()]
 # A scan-order name, a list of item indices, or the path of an .npz file with an `order` array.
-Order = Annotated[str | Sequence[int], _OrderType]
+Order = Annotated[str | Sequence[int], OrderForm(), TakenAsWritten()]
+# A path, or the name of something on a hub.
+Verbatim = Annotated[str, TakenAsWritten()]
+# Pixels or patches along the side of an item.
+Side = Annotated[int, Range(gt=0), ItemSide()]
 
 _NAMESPACE: dict[str, Any] = {name: value for name, value in globals().items() if not name.startswith("_")} | {
     "__builtins__": {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
 }
 
 REQUIRED = object()
+MarkType = TypeVar("MarkType", bound=Mark)
 
 
 @dataclass(frozen=True)
@@ -72,6 +174,17 @@ class Option:
 
     type: Any
     default: Any = REQUIRED
+
+    def marks(self, kind: type[MarkType]) -> list[MarkType]:
+        """Marks of one kind that the type carries, those of its alternatives included."""
+        return [mark for mark in _marks(self.type) if isinstance(mark, kind)]
+
+
+def _marks(type_: Any) -> list[Any]:
+    if get_origin(type_) is Annotated:
+        base, *marks = get_args(type_)
+        return [*marks, *_marks(base)]
+    return [mark for part in get_args(type_) for mark in _marks(part)]
 
 
 @cache
@@ -125,11 +238,11 @@ def describe(type_: Any) -> str:
     """What a value of this type looks like, in words for an error message."""
     if get_origin(type_) is Annotated:
         base, *marks = get_args(type_)
-        if _TemperatureType in marks:
+        if any(isinstance(mark, TemperatureForm) for mark in marks):
             return "a number >= 0 or a schedule such as {start: 1.0, end: 0.1}"
-        if _OrderType in marks:
+        if any(isinstance(mark, OrderForm) for mark in marks):
             return "a scan-order name, a list of indices or an .npz file"
-        return " ".join([describe(base), *(str(mark) for mark in marks)])
+        return " ".join([describe(base), *(str(mark) for mark in marks if isinstance(mark, Range))])
     if get_origin(type_) is Literal:
         return "one of " + ", ".join(str(choice) for choice in get_args(type_))
     if get_origin(type_) in (Union, UnionType):
@@ -144,11 +257,11 @@ def matches(value: Any, type_: Any) -> bool:
     """Whether a plain configuration value is of the type, within its range."""
     if get_origin(type_) is Annotated:
         base, *marks = get_args(type_)
-        if _TemperatureType in marks:
+        if any(isinstance(mark, TemperatureForm) for mark in marks):
             return (_is_number(value) and value >= 0) or isinstance(value, Mapping)
-        if _OrderType in marks:
+        if any(isinstance(mark, OrderForm) for mark in marks):
             return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, int) for item in value))
-        return matches(value, base) and all(value in mark for mark in marks)
+        return matches(value, base) and all(value in mark for mark in marks if isinstance(mark, Range))
     if get_origin(type_) is Literal:
         return value in get_args(type_)
     if get_origin(type_) in (Union, UnionType):

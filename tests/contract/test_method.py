@@ -21,7 +21,8 @@ from omegaconf import OmegaConf
 from scipy.stats import chi2_contingency, chisquare
 from torch.func import functional_call
 
-from permlab.config import build, component_options
+from permlab.config.build import build
+from permlab.config.schema import component_options
 from permlab.errors import ConfigError
 from permlab.method.base import Method
 from permlab.option import choices, matches

@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from runs import Result, train
+from runs import Result, data_module, train
 
 from permlab.cli import main, resolve
-from permlab.config import build
+from permlab.config.build import build
 from permlab.data.image import FileDataset
 from permlab.data.image_folder import ImageFolder
-from permlab.data.module import DataModule
 
 IMAGES = ("data=image_folder", "data.image_size=8", "data.resize=8", "data.channels=1", "data.patch_size=2")
 RUN = ("task.control=false", "data.num_workers=0", "trainer.log_every_n_steps=1")
@@ -195,5 +194,5 @@ def test_lines_without_a_document_are_named_or_left_out(tmp_path: Path) -> None:
 def test_elsewhere_the_setting_is_a_warning(tmp_path: Path) -> None:
     config, warnings = resolve("train", ["data=digits", "data.on_corrupt=skip"])
     assert warnings == ["data.on_corrupt=skip has no effect with data=digits"]
-    assert DataModule(config["data"], 0).statistics() == {}
+    assert data_module(config, 0).statistics() == {}
     assert build("data", config["data"]).spec().num_classes == 10

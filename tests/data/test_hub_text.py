@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from permlab.compose import resolve_train
-from permlab.config import build
+from permlab.config.build import build
+from permlab.config.compose import resolve_train
 from permlab.data.hub_text import HubText
 from permlab.data.loader import data_errors
 from permlab.errors import ConfigError

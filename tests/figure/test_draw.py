@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from permlab.figure import draw_all
-from permlab.figure.draw import FIGURES, read_snapshots
+from permlab.figure.draw import FIGURES, draw_all
 from permlab.figure.order import order_figure
-from permlab.rundir import MetricsFile, start_run, write_npz
+from permlab.record.rundir import MetricsFile, start_run, write_npz
+from permlab.record.stored import read_snapshots
 
 CONFIG = {
     "method": {"warmup_fraction": 0.1, "freeze_fraction": 0.3},

@@ -6,7 +6,9 @@ from matplotlib.collections import LineCollection, PatchCollection
 from matplotlib.figure import Figure
 from scipy.stats import kendalltau
 
-from permlab.figure.order import kendall, matrices_figure, order_figure, scores_figure
+from permlab.figure.matrices import matrices_figure
+from permlab.figure.order import kendall, order_figure
+from permlab.figure.scores import scores_figure
 
 RNG = np.random.default_rng(0)
 

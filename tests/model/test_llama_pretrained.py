@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from permlab.config import CONF, build
+from permlab.config.build import build
+from permlab.config.schema import CONF
 from permlab.data.spec import DataSpec
 from permlab.errors import ConfigError
 from permlab.model.llama import Llama

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
 
-from permlab.config import CONF, build
+from permlab.config.build import build
+from permlab.config.schema import CONF
 from permlab.data.spec import DataSpec
 from permlab.model.qwen_vl import QwenVl
 

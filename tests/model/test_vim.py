@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
+from runs import configure
 from torch import nn
 
-from permlab.cli import resolve
-from permlab.config import build
+from permlab.config.build import build
 from permlab.data.spec import DataSpec
 from permlab.model.vim import DT_MAX, DT_MIN, Mixer, Vim
 
@@ -27,7 +27,7 @@ def vim(**changes) -> Vim:
     [("vim_ti", 7e6, 7_148_008), ("vim_s", 26e6, 25_796_584), ("vim_b", 98e6, 97_598_440)],
 )
 def test_parameter_counts_are_the_published_ones(preset: str, published: float, count: int) -> None:
-    settings = resolve("train", [f"model={preset}"])[0]["model"] | {"patch_size": 16}
+    settings = configure([f"model={preset}"])["model"] | {"patch_size": 16}
     with torch.device("meta"):
         model = build("model", settings, IMAGENET)
     found = sum(parameter.numel() for parameter in model.parameters())

@@ -7,7 +7,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from timm.models.vision_transformer import VisionTransformer
 
-from permlab.config import CONF, build
+from permlab.config.build import build
+from permlab.config.schema import CONF
 from permlab.data.spec import DataSpec
 from permlab.model.vit import Vit
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Progress(ProgressBar):
-    """Steps, loss, validation accuracy or perplexity, temperature, samples per second and time left.
+    """Steps, loss, validated metric, temperature, samples per second and time left.
 
     Values are fetched from the device only when the line is redrawn, so that the display does
     not make a GPU wait. Where standard output is no terminal, nothing is printed at all:
@@ -83,11 +83,10 @@ class Progress(ProgressBar):
             return
         # Time spent on validation does not count against the speed of training.
         self._resumed_at += time.monotonic() - self._paused_at
-        metrics = trainer.callback_metrics
-        if "val/perplexity" in metrics:
-            self._texts["validation"] = f"val {metrics['val/perplexity'].item():.4g}"
-        elif "val/accuracy" in metrics:
-            self._texts["validation"] = f"val {100 * metrics['val/accuracy'].item():.1f}%"
+        metric = pl_module.task.metric
+        if metric.validation_key in trainer.callback_metrics:
+            value = trainer.callback_metrics[metric.validation_key].item()
+            self._texts["validation"] = f"val {metric.show(value)}{metric.unit}"
         self._draw(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:

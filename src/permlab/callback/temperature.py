@@ -2,7 +2,7 @@
 
 import lightning as L
 
-from permlab.task.base import Task
+from permlab.task.learner import Learner
 
 
 class Temperature(L.Callback):
@@ -11,5 +11,5 @@ class Temperature(L.Callback):
     Phase and temperature follow from the two alone, so accumulation and resuming need no care.
     """
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Task, *_: object) -> None:  # type: ignore[override]
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Learner, *_: object) -> None:  # type: ignore[override]
         pl_module.method.advance(trainer.global_step, pl_module.num_steps)

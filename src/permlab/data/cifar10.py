@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 
 from permlab.data.spec import DataSpec
-from permlab.option import Fraction
+from permlab.option import Fraction, Verbatim
 
 if TYPE_CHECKING:
     from permlab.data.image import PixelDataset
@@ -38,7 +38,9 @@ class Cifar10:
 
     kind: ClassVar[str] = "image"
 
-    def __init__(self, *, root: str, val_fraction: Fraction, augment: Literal["none", "flip", "crop_flip"]) -> None:
+    def __init__(
+        self, *, root: Verbatim, val_fraction: Fraction, augment: Literal["none", "flip", "crop_flip"]
+    ) -> None:
         if not 0 < val_fraction <= 0.5:
             raise ValueError(f"val_fraction {val_fraction}: expected more than 0 and at most 0.5")
         self.root, self.val_fraction, self.augment = Path(root), val_fraction, augment

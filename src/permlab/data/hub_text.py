@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from permlab.data.spec import DataSpec
-from permlab.option import PositiveInt
+from permlab.data.spec import DataSpec, text_spec
+from permlab.option import PositiveInt, Verbatim
 
 if TYPE_CHECKING:
     from permlab.data.text import TokenWindows
 
 SPLITS = ("train", "val", "test")
 EXTENSIONS = (".txt", ".jsonl", ".jsonl.gz")
+# What says which part of the hub is read.
+HUB_OPTIONS = ("repository", "subset", "revision", "train_file", "val_file", "test_file", "streaming")
 BYTE = "byte"
 NUM_BYTES = 256
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -66,11 +68,12 @@ class HubText:
     """
 
     kind: ClassVar[str] = "text"
+    known_by_place: ClassVar[bool] = True
 
     def __init__(
         self,
         *,
-        root: str,
+        root: Verbatim,
         repository: str,
         subset: str | None,
         revision: str | None,
@@ -80,7 +83,7 @@ class HubText:
         streaming: bool,
         num_documents: PositiveInt | None,
         separator: str,
-        tokenizer: str,
+        tokenizer: Verbatim,
         vocab_size: PositiveInt | None,
         sequence_length: PositiveInt,
         on_corrupt: Literal["stop", "skip"] = "stop",
@@ -98,6 +101,17 @@ class HubText:
         """Lines left out of the splits that were asked for."""
         return sum(self._skipped.values())
 
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """Options without effect, with the reason."""
+        if not self.root.is_dir():
+            yield "on_corrupt", "text from the hub"
+            return
+        for option in HUB_OPTIONS:
+            yield option, f"the folder {self.root}"
+        if all((self.root / f"{split}.txt").is_file() for split in SPLITS):
+            for option in ("on_corrupt", "num_documents", "separator"):
+                yield option, "text in .txt files"
+
     def spec(self) -> DataSpec:
         """Vocabulary and length of a sample, once the local files, or else the package for the hub, are there.
 
@@ -112,7 +126,7 @@ class HubText:
                 f"{self.root}: no such folder, and without the package datasets (extra llm) "
                 f"{self.repository} cannot be loaded from the hub"
             )
-        return DataSpec("text", self.vocab_size, channels=1, height=1, width=self.sequence_length)
+        return text_spec(self.vocab_size, self.sequence_length)
 
     def dataset(self, split: str, seed: int) -> "TokenWindows":
         """Token windows of `train`, `val` or `test`; the seed has no say.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 
 from permlab.data.spec import DataSpec
-from permlab.option import Fraction, PositiveInt
+from permlab.option import Fraction, PositiveInt, Verbatim
 
 if TYPE_CHECKING:
     from torchvision.transforms import v2
@@ -54,11 +54,12 @@ class ImageFolder:
     """
 
     kind: ClassVar[str] = "image"
+    known_by_place: ClassVar[bool] = True
 
     def __init__(
         self,
         *,
-        root: str,
+        root: Verbatim,
         image_size: PositiveInt,
         resize: PositiveInt,
         channels: Literal[1, 3],
@@ -82,6 +83,11 @@ class ImageFolder:
     def num_skipped(self) -> int:
         """Unreadable images left out of the splits that were asked for."""
         return sum(self._skipped.values())
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """Options without effect, with the reason."""
+        if (self.root / "test").is_dir():
+            yield "val_fraction", f"the folder {self.root / 'test'}"
 
     def spec(self) -> DataSpec:
         """Shape of the images, and the number of class folders.

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from permlab.data.spec import DataSpec
+from permlab.option import Verbatim
 
 if TYPE_CHECKING:
     from permlab.data.image import PixelDataset
@@ -32,7 +33,7 @@ class Medmnist:
 
     kind: ClassVar[str] = "image"
 
-    def __init__(self, *, root: str, flag: str) -> None:
+    def __init__(self, *, root: Verbatim, flag: str) -> None:
         self.path = Path(root, f"{flag}.npz")
 
     def spec(self) -> DataSpec:

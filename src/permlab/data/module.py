@@ -7,7 +7,6 @@ import lightning as L
 import numpy as np
 from torch import Tensor
 
-from permlab.config import build
 from permlab.data.loader import Batchable, Loader, data_errors
 
 
@@ -15,14 +14,14 @@ class DataModule(L.LightningDataModule):
     """Train, validation and test loaders of the configured dataset, split and shuffled by seed.
 
     Args:
-        settings: the `data` group of a complete configuration.
+        component: the data set.
+        settings: the `data` group of a complete configuration, for the size of batches and the workers.
         seed: of the split and of the order of batches.
     """
 
-    def __init__(self, settings: Mapping[str, Any], seed: int) -> None:
+    def __init__(self, component: Any, settings: Mapping[str, Any], seed: int) -> None:
         super().__init__()
-        self.settings, self.seed = settings, seed
-        self.component = build("data", settings)
+        self.component, self.settings, self.seed = component, settings, seed
 
     def _dataset(self, split: str) -> Batchable:
         with data_errors():
@@ -71,11 +70,13 @@ class DataModule(L.LightningDataModule):
         with data_errors():
             return [dataset.__getitems__(index[i : i + size].tolist()) for i in range(0, len(index), size)]
 
-    def mean_image(self, limit: int = 256) -> np.ndarray:
-        """Mean over up to `limit` training images and their channels, `[height, width]`.
+    def mean_image(self, limit: int = 256) -> np.ndarray | None:
+        """Mean over up to `limit` training images and their channels, `[height, width]`; None where there are none.
 
         The images are spread evenly over the dataset, which may be sorted by class.
         """
+        if self.component.spec().is_sequence:
+            return None
         dataset = self._dataset("train")
         index = np.linspace(0, len(dataset) - 1, min(limit, len(dataset))).round().astype(int)
         parts = [index[i : i + 64].tolist() for i in range(0, len(index), 64)]

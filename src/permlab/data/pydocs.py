@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from permlab.data.spec import DataSpec
+from permlab.data.spec import DataSpec, text_spec
 from permlab.option import Fraction, PositiveInt
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Pydocs:
         """
         _topics()
         num_tokens = NUM_BYTES if self.tokenizer == "byte" else self.vocab_size
-        return DataSpec("text", num_tokens, channels=1, height=1, width=self.sequence_length)
+        return text_spec(num_tokens, self.sequence_length)
 
     def dataset(self, split: str, seed: int) -> "TokenWindows":
         """Token windows of `train`, `val` or `test` under this seed's split.

@@ -1,26 +1,36 @@
 """What a dataset looks like, known before torch is imported."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class DataSpec:
     """Shape of a dataset's samples, from which models and sites derive theirs.
 
+    A sample is an image `[channels, height, width]`, cut into patches, or a sequence: of height 1,
+    as long as it is wide, its entries being the items.
+
     Args:
-        kind: `image` (samples [channels, height, width]) or `text` (token ids [length]).
+        kind: word for what the samples are (`image`, `text`); models and tasks say which they take.
         num_classes: number of labels; for text the vocabulary size.
-        channels, height, width: of an image, in channels and pixels; for text 1, 1, sequence length.
+        channels, height, width: of an image, in channels and pixels; of a sequence 1, 1 and its length.
         patch_size: side of a square patch in pixels where the model's configuration names none.
+        labels, items: plural nouns for the classes and for what is permuted, in messages.
     """
 
-    kind: Literal["image", "text"]
+    kind: str
     num_classes: int
     channels: int
     height: int
     width: int
     patch_size: int = 1
+    labels: str = field(default="classes", compare=False)
+    items: str = field(default="patches", compare=False)
+
+    @property
+    def is_sequence(self) -> bool:
+        """Whether samples have no patches: their entries are the items."""
+        return self.height == 1
 
     def grid(self, patch_size: int) -> tuple[int, int]:
         """Rows and columns of the patch grid.
@@ -35,6 +45,13 @@ class DataSpec:
                 f"sizes which do: {', '.join(map(str, sizes))}"
             )
         return self.height // patch_size, self.width // patch_size
+
+
+def text_spec(vocab_size: int, sequence_length: int) -> DataSpec:
+    """Shape of samples of text: token ids `[sequence_length]`, each class a token."""
+    return DataSpec(
+        "text", vocab_size, channels=1, height=1, width=sequence_length, labels="tokens", items="tokens"
+    )  # fmt: skip
 
 
 def divisors(height: int, width: int) -> list[int]:

@@ -1,5 +1,1 @@
-"""Figures drawn from the files of a run."""
-
-from permlab.figure.draw import draw_all
-
-__all__ = ["draw_all"]
+"""Pictures of runs."""

@@ -1,17 +1,30 @@
-"""Pictures of an order over the patch grid, and of the scores and soft matrices it came from."""
+"""Picture of an order over the patch grid."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PatchCollection
-from matplotlib.colors import Normalize, PowerNorm
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from permlab.figure.style import PALETTE, SEQUENTIAL, new_figure
+from permlab.record.stored import read_arrays, read_snapshots
 
-MAX_PANELS = 6
+
+def draw(run_dir: Path) -> Figure | None:
+    """Starting and learned order of a run whose items are permuted."""
+    grid, snapshots = read_arrays(run_dir / "arrays" / "grid.npz"), read_snapshots(run_dir)
+    if not grid or not snapshots:
+        return None
+    last = snapshots[-1]["order"]
+    # The order of the checkpoint that validation picked, where there is a single one.
+    order = last if last.ndim > 1 else read_arrays(run_dir / "arrays" / "order.npz").get("order", last)
+    rows, columns = grid["grid"].tolist()
+    name = "learned" if "scores" in snapshots[-1] else "fixed"
+    return order_figure(grid["start_order"], order, grid=(rows, columns), mean_image=grid.get("mean_image"), name=name)
 
 
 def order_figure(
@@ -110,58 +123,4 @@ def _sequence_figure(ranks: Sequence[np.ndarray], titles: Sequence[str]) -> Figu
         axes.scatter(np.arange(len(rank)), rank, c=rank, cmap=SEQUENTIAL, s=16)
         axes.set(title=title, xlabel="item", ylabel="slot (0 is read first)")
         axes.label_outer()
-    return figure
-
-
-def matrices_figure(steps: Sequence[int], matrices: Sequence[np.ndarray], *, name: str) -> Figure:
-    """Square matrices over time, row = slot and column = item, at up to six of the steps.
-
-    Args:
-        steps: optimiser steps, ascending.
-        matrices: one `[n, n]` per step.
-        name: `soft matrix` or `scores`; entries of a soft matrix lie between 0 and 1.
-    """
-    chosen = np.unique(np.linspace(0, len(steps) - 1, min(MAX_PANELS, len(steps))).round().astype(int))
-    columns = min(3, len(chosen))
-    rows = -(-len(chosen) // columns)
-    figure = new_figure(3.1 * columns + 1.0, 3.05 * rows + 0.5)
-    soft = name == "soft matrix"
-    low = 0.0 if soft else float(min(np.nanmin(matrices[index]) for index in chosen))
-    high = 1.0 if soft else float(max(np.nanmax(matrices[index]) for index in chosen))
-    # Square root: a row that is spread over many items would otherwise look empty.
-    norm = PowerNorm(0.5, 0.0, 1.0) if soft else Normalize(low, high)
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for panel in panels.flat[len(chosen) :]:
-        panel.set_axis_off()
-    for panel, index in zip(panels.flat, chosen, strict=False):
-        image = panel.imshow(matrices[index], cmap=SEQUENTIAL, norm=norm, interpolation="nearest")
-        panel.set_title(f"step {steps[index]}")
-    for panel in panels[:, 0]:
-        panel.set_ylabel("slot")
-    for panel in panels[-1]:
-        panel.set_xlabel("item")
-    figure.colorbar(image, ax=panels, shrink=0.7, label=f"{name}, square-root scale" if soft else name)
-    return figure
-
-
-def scores_figure(steps: Sequence[int], scores: Sequence[np.ndarray], start: np.ndarray) -> Figure:
-    """One line per item, coloured by its slot in the starting order; where lines cross, the order changes.
-
-    Args:
-        steps: optimiser steps, ascending.
-        scores: one `[n]` per step; the highest score is read first.
-        start: int `[n]`, the starting order.
-    """
-    figure = new_figure(9.6, 5.0)
-    axes = figure.subplots()
-    values = np.stack(list(scores), axis=1)
-    norm = Normalize(0, len(start) - 1)
-    lines = [np.stack([steps, values[item]], axis=-1) for item in start]
-    collection = LineCollection(lines, cmap=SEQUENTIAL, norm=norm, linewidths=1.2)
-    collection.set_array(np.arange(len(start)))
-    axes.add_collection(collection)
-    axes.autoscale()
-    axes.margins(x=0.01, y=0.04)
-    axes.set(xlabel="optimiser step", ylabel="score (highest is read first)", title="scores of the items")
-    figure.colorbar(collection, ax=axes, label="slot in the starting order")
     return figure

@@ -1,38 +1,74 @@
 """Curves of a training over its optimiser steps."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from permlab.config.build import component_class
+from permlab.config.schema import is_component
 from permlab.figure.style import PALETTE, new_figure
+from permlab.record.rundir import read_metrics
 
-# Panel title, and the metric of each line.
-PANELS: tuple[tuple[str, Mapping[str, str]], ...] = (
-    ("loss", {"train": "train/loss", "validation": "val/loss"}),
-    ("accuracy", {"train (batch)": "train/accuracy", "validation": "val/accuracy"}),
-    ("perplexity", {"validation": "val/perplexity"}),
-    ("divergence\nfrom dense", {"hard orders": "val/calibration_loss", "soft orders": "val/soft_calibration_loss"}),
+# Title, and the metric of each line, of the panels above and below those that the run's task names.
+ABOVE = (("loss", {"train": "train/loss", "validation": "val/loss"}),)
+BELOW = (
     ("temperature", {"temperature": "permutation/temperature"}),
     ("permutation", {"Kendall to start": "permutation/kendall", "entropy (1 = uniform)": "permutation/entropy"}),
 )
 PHASE_SHADES = {"warmup": "#f3e6d8", "active": "#ffffff", "frozen": "#dfe8f1"}
 
 Phase = tuple[str, int, int]
+Panels = Sequence[tuple[str, Mapping[str, str]]]
 
 
-def training_figure(records: Sequence[Mapping[str, Any]], phases: Sequence[Phase] = ()) -> Figure:
-    """Loss, accuracy, temperature and distance from the start, one above the other; panels without data are left out.
+def draw(run_dir: Path) -> Figure | None:
+    """Curves of a run that has logged something."""
+    records = read_metrics(run_dir)
+    if not any(key != "step" and key != "epoch" for record in records for key in record):
+        return None
+    path = run_dir / "config.yaml"
+    config = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    return training_figure(records, _phases(config, records), _panels(config))
+
+
+def _panels(config: Mapping[str, Any]) -> Panels:
+    """Panels that the run's task names."""
+    component = config.get("task", {}).get("component")
+    return component_class("task", component).panels if is_component("task", component) else ()  # type: ignore[attr-defined]
+
+
+def _phases(config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[Phase]:
+    """Phases of the permutation, from the configuration and the number of steps."""
+    method = config.get("method", {})
+    if "freeze_fraction" not in method:
+        return []
+    num_steps = config.get("trainer", {}).get("max_steps", -1)
+    if num_steps < 1:
+        num_steps = max(record["step"] for record in records)
+    begin = round(method.get("warmup_fraction", 0.0) * num_steps)
+    end = num_steps - round(method["freeze_fraction"] * num_steps)
+    return [("warmup", 0, begin), ("active", begin, end), ("frozen", end, num_steps)]
+
+
+def training_figure(records: Sequence[Mapping[str, Any]], phases: Sequence[Phase] = (), panels: Panels = ()) -> Figure:
+    """Loss, what the task names, temperature and distance from the start, one above the other.
+
+    Panels without data are left out.
 
     Args:
         records: lines of `metrics.jsonl`.
         phases: name (`warmup`, `active`, `frozen`), first step and step after the last, of the permutation.
+        panels: title, and the metric of each line by its label.
     Raises:
         ValueError: if the records hold nothing to draw.
     """
-    panels = [(title, lines) for title, lines in PANELS if any(_curve(records, key)[0].size for key in lines.values())]
+    wanted = [*ABOVE, *panels, *BELOW]
+    panels = [(title, lines) for title, lines in wanted if any(_curve(records, key)[0].size for key in lines.values())]
     if not panels:
         raise ValueError(f"none of {len(records)} records has a metric to draw")
     figure = new_figure(9.6, 2.0 * len(panels) + 1.0)

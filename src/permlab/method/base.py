@@ -59,9 +59,11 @@ class Method(nn.Module):
     """
 
     start_order: Tensor
-    # Tasks that the method is for; None for all of them. A literal, read without importing the file.
-    tasks: ClassVar[tuple[str, ...] | None] = None
-    # Sets of swaps to try after training, each kept if it lowers the calibration loss; where a task has one.
+    # What it can permute: `items` of the input, channels of `weights`. A literal, read without importing the file.
+    permutes: ClassVar[tuple[str, ...]] = ("items", "weights")
+    # What joins the task in the name of the file of `conf/tuned/` for presets that have none of their own. A literal.
+    tuned_as: ClassVar[str | None] = None
+    # Sets of swaps to try after training, each kept if it lowers the loss on samples that a task has set aside.
     num_polish_steps: int = 0
     # Whether order and scores depend on the items of the input; then a run has no single learned order.
     needs_items: bool = False
@@ -129,6 +131,11 @@ class Method(nn.Module):
     def best(self, items: Float[Tensor, "*b n d"] | None = None) -> Int64[Tensor, "*c n"]:
         """The deterministic order used for evaluation."""
         raise NotImplementedError(f"{type(self).__name__} defines no best")
+
+    @torch.no_grad()
+    def orders(self) -> dict[str, Int64[Tensor, " n"]]:
+        """The deterministic order by name of its site; none where every input has an order of its own."""
+        return {} if self.needs_items else {self.site.name: self.best()}
 
     def search(self, problem: ChannelProblem) -> Int64[Tensor, " n"] | None:
         """An order found without training, to start from or to keep; None where the method does not search."""

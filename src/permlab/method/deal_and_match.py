@@ -20,7 +20,8 @@ class DealAndMatch(Fixed):
         num_sweeps: passes over the m slots of a group; the paper makes one.
     """
 
-    tasks: ClassVar[tuple[str, ...] | None] = ("prune",)
+    permutes: ClassVar[tuple[str, ...]] = ("weights",)
+    tuned_as: ClassVar[str] = "search"
 
     def __init__(self, site: Site, *, num_sweeps: PositiveInt) -> None:
         super().__init__(site)

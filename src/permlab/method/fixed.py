@@ -1,5 +1,7 @@
 """The starting order, kept: the control that every learned order is compared with."""
 
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -18,6 +20,8 @@ class Fixed(Method):
         >>> Fixed(Site(name="patches", order=torch.tensor([2, 0, 1])))().order
         tensor([2, 0, 1])
     """
+
+    permutes: ClassVar[tuple[str, ...]] = ("items", "weights", "nothing")
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)

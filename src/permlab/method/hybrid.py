@@ -1,13 +1,21 @@
 """Search, then learn, then keep only the swaps that help."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from jaxtyping import Int64
 from torch import Tensor
 
 from permlab.method.reconstruction_search import search_reconstruction
 from permlab.method.sinkhorn import Sinkhorn
-from permlab.option import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Temperature
+from permlab.option import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SharesOne,
+    Temperature,
+)
 from permlab.permutation import Site
 from permlab.sparsity.problem import ChannelProblem
 from permlab.sparsity.search import deal_and_match, swap_search
@@ -34,7 +42,7 @@ class Hybrid(Sinkhorn):
         (Zou et al. 2025, arXiv:2510.10136) and local search.
     """
 
-    tasks: ClassVar[tuple[str, ...] | None] = ("prune",)
+    permutes: ClassVar[tuple[str, ...]] = ("weights",)
 
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "width": ("cost", ["table"]),
@@ -53,7 +61,7 @@ class Hybrid(Sinkhorn):
         temperature: Temperature,
         lr: PositiveFloat,
         warmup_fraction: Fraction,
-        freeze_fraction: Fraction,
+        freeze_fraction: Annotated[Fraction, SharesOne("warmup_fraction")],
         estimator: Literal["relaxed", "straight_through"],
         num_iters: PositiveInt,
         noise: NonNegativeFloat,

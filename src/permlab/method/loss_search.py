@@ -21,7 +21,8 @@ class LossSearch(Fixed):
         num_polish_steps: evaluations of the calibration loss, each of a set of swaps over all sites.
     """
 
-    tasks: ClassVar[tuple[str, ...] | None] = ("prune",)
+    permutes: ClassVar[tuple[str, ...]] = ("weights",)
+    tuned_as: ClassVar[str] = "search"
 
     def __init__(self, site: Site, *, num_search_swaps: PositiveInt, num_polish_steps: PositiveInt) -> None:
         super().__init__(site)

@@ -1,13 +1,13 @@
 """Sorting by score, relaxed through sums of pairwise distances."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from permlab.method.scorer import ScoreMethod
 from permlab.ops.sorting import neural_sort
-from permlab.option import Fraction, PositiveFloat, PositiveInt, Temperature
+from permlab.option import Fraction, PositiveFloat, PositiveInt, SharesOne, Temperature
 from permlab.permutation import Site
 
 
@@ -41,6 +41,8 @@ class NeuralSort(ScoreMethod):
         tensor([2, 0, 1])
     """
 
+    tuned_as: ClassVar[str] = "sort"
+
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "width": ("scorer", ["vector", "linear"]),
     }
@@ -52,7 +54,7 @@ class NeuralSort(ScoreMethod):
         temperature: Temperature,
         lr: PositiveFloat,
         warmup_fraction: Fraction,
-        freeze_fraction: Fraction,
+        freeze_fraction: Annotated[Fraction, SharesOne("warmup_fraction")],
         estimator: Literal["relaxed", "straight_through"],
         scorer: Literal["vector", "linear", "mlp"],
         width: PositiveInt,

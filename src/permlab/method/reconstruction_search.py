@@ -20,7 +20,8 @@ class ReconstructionSearch(Fixed):
         num_swaps: proposals for each site.
     """
 
-    tasks: ClassVar[tuple[str, ...] | None] = ("prune",)
+    permutes: ClassVar[tuple[str, ...]] = ("weights",)
+    tuned_as: ClassVar[str] = "search"
 
     def __init__(self, site: Site, *, num_swaps: PositiveInt) -> None:
         super().__init__(site)

@@ -1,7 +1,7 @@
 """A Plackett-Luce law over orders, learned by REINFORCE from the model's reward."""
 
 import math
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from permlab.method.base import MAX_SCORE, Method, falling_scores
 from permlab.ops import plackett_luce
-from permlab.option import Fraction, PositiveFloat, PositiveInt, Temperature
+from permlab.option import Fraction, PositiveFloat, PositiveInt, SharesOne, Temperature, Where
 from permlab.permutation import PermutationSample, Site
 
 NUM_DRAWS = 64  # orders drawn, always the same ones, for the statistics of the law
@@ -77,9 +77,9 @@ class Reorder(Method):
         temperature: Temperature,
         lr: PositiveFloat,
         warmup_fraction: Fraction,
-        freeze_fraction: Fraction,
+        freeze_fraction: Annotated[Fraction, SharesOne("warmup_fraction")],
         spread: PositiveFloat,
-        num_samples: PositiveInt,
+        num_samples: Annotated[PositiveInt, Where("baseline", "leave_one_out", at_least=2)],
         granularity: Literal["batch", "image"],
         baseline: Literal["ema", "leave_one_out"],
         baseline_momentum: Fraction,

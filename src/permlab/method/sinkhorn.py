@@ -1,6 +1,6 @@
 """A score per slot and item, made doubly stochastic by Sinkhorn's iteration, with or without noise."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from permlab.method.base import MAX_SCORE, Method
 from permlab.ops.assignment import assign
 from permlab.ops.sinkhorn import sinkhorn
-from permlab.option import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Temperature
+from permlab.option import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, SharesOne, Temperature
 from permlab.permutation import PermutationSample, Site, order_to_matrix
 
 
@@ -61,6 +61,8 @@ class Sinkhorn(Method):
         tensor([2, 0, 1])
     """
 
+    tuned_as: ClassVar[str] = "sinkhorn"
+
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "width": ("cost", ["table"]),
         "jitter": ("start", ["random"]),
@@ -74,7 +76,7 @@ class Sinkhorn(Method):
         temperature: Temperature,
         lr: PositiveFloat,
         warmup_fraction: Fraction,
-        freeze_fraction: Fraction,
+        freeze_fraction: Annotated[Fraction, SharesOne("warmup_fraction")],
         estimator: Literal["relaxed", "straight_through"],
         num_iters: PositiveInt,
         noise: NonNegativeFloat,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from permlab.method.scorer import ScoreMethod
 from permlab.ops.sorting import soft_sort
-from permlab.option import Fraction, PositiveFloat, PositiveInt, Range, Temperature
+from permlab.option import Fraction, PositiveFloat, PositiveInt, Range, SharesOne, Temperature, Where
 from permlab.permutation import PermutationSample, Site, order_to_matrix
 
 
@@ -55,6 +55,8 @@ class Sort(ScoreMethod):
                 [0.0300, 0.9700, 0.0000]])
     """
 
+    tuned_as: ClassVar[str] = "sort"
+
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "width": ("scorer", ["vector", "linear"]),
         "power": ("surrogate", ["product"]),
@@ -68,8 +70,10 @@ class Sort(ScoreMethod):
         temperature: Temperature,
         lr: PositiveFloat,
         warmup_fraction: Fraction,
-        freeze_fraction: Fraction,
-        estimator: Literal["relaxed", "straight_through"],
+        freeze_fraction: Annotated[Fraction, SharesOne("warmup_fraction")],
+        estimator: Annotated[
+            Literal["relaxed", "straight_through"], Where("surrogate", "product", equals="straight_through")
+        ],
         surrogate: Literal["softmax", "product"],
         power: Annotated[float, Range(ge=1)],
         scorer: Literal["vector", "linear", "mlp"],

@@ -20,7 +20,8 @@ class SwapSearch(Fixed):
         budget_s: seconds for each site; null for a fixed number of escapes, the same on every machine.
     """
 
-    tasks: ClassVar[tuple[str, ...] | None] = ("prune",)
+    permutes: ClassVar[tuple[str, ...]] = ("weights",)
+    tuned_as: ClassVar[str] = "search"
 
     def __init__(self, site: Site, *, budget_s: PositiveFloat | None) -> None:
         super().__init__(site)

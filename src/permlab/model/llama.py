@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from permlab.data.spec import DataSpec
 from permlab.model.base import Backbone, free_of_decay, patchify
 from permlab.model.pretrained import check_equal, load_checkpoint, open_checkpoint
-from permlab.option import PositiveFloat, PositiveInt
+from permlab.option import Divides, PositiveFloat, PositiveInt, Side, Verbatim
 
 # Longest text of the rotary embedding in its published, stretched form; allocates nothing.
 _MAX_SLOTS = 131072
@@ -79,11 +79,11 @@ class Llama(Backbone):
         self,
         spec: DataSpec,
         *,
-        patch_size: PositiveInt,
+        patch_size: Side,
         width: PositiveInt,
         depth: PositiveInt,
-        num_heads: PositiveInt,
-        num_kv_heads: PositiveInt,
+        num_heads: Annotated[PositiveInt, Divides("width")],
+        num_kv_heads: Annotated[PositiveInt, Divides("num_heads", unit="heads")],
         mlp_width: PositiveInt,
         norm_eps: PositiveFloat,
         rope_theta: PositiveFloat,
@@ -91,7 +91,7 @@ class Llama(Backbone):
         position: Literal["item", "slot", "none"],
         readout: Literal["last", "mean"],
         tie_embeddings: bool,
-        pretrained: str | None = None,  # saved configurations of older versions do not have it
+        pretrained: Verbatim | None = None,  # saved configurations of older versions do not have it
     ) -> None:
         super().__init__()
         _check_heads(width, num_heads, num_kv_heads)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 from permlab.data.spec import DataSpec
 from permlab.model.base import Backbone, patchify
 from permlab.model.pretrained import check_equal, load_checkpoint, open_checkpoint
-from permlab.option import PositiveFloat, PositiveInt
+from permlab.option import Divides, PositiveFloat, PositiveInt, Side, Verbatim
 
 # Of the published models: an image is a film of two equal frames, windows are eight patches wide, and every
 # eighth block of the tower sees beyond them.
@@ -99,12 +99,12 @@ class QwenVl(Backbone):
         self,
         spec: DataSpec,
         *,
-        patch_size: PositiveInt,
-        merge_size: PositiveInt,
+        patch_size: Side,
+        merge_size: Side,
         width: PositiveInt,
         depth: PositiveInt,
-        num_heads: PositiveInt,
-        num_kv_heads: PositiveInt,
+        num_heads: Annotated[PositiveInt, Divides("width")],
+        num_kv_heads: Annotated[PositiveInt, Divides("num_heads", unit="heads")],
         mlp_width: PositiveInt,
         norm_eps: PositiveFloat,
         rope_theta: PositiveFloat,
@@ -113,7 +113,7 @@ class QwenVl(Backbone):
         vision_heads: PositiveInt,
         vision_mlp_width: PositiveInt,
         tie_embeddings: bool,
-        pretrained: str | None = None,
+        pretrained: Verbatim | None = None,
     ) -> None:
         super().__init__()
         _check_heads(width, num_heads, num_kv_heads, vision_width, vision_heads)

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from permlab.data.spec import DataSpec
 from permlab.model.base import Backbone, free_of_decay, patchify
-from permlab.option import PositiveInt, Range
+from permlab.option import PositiveInt, Range, Side
 
 # Keeps every decay below one even where softplus underflows; a memory of a million slots loses nothing.
 _MIN_RATE = 1e-6
@@ -56,7 +56,7 @@ class SsmProbe(Backbone):
         self,
         spec: DataSpec,
         *,
-        patch_size: PositiveInt,
+        patch_size: Side,
         num_states: PositiveInt,
         dt_min: Annotated[float, Range(ge=-30, le=30)],
         dt_max: Annotated[float, Range(ge=-30, le=30)],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from permlab.data.spec import DataSpec
 from permlab.model.base import Backbone, free_of_decay
 from permlab.ops.selective_scan import selective_scan
-from permlab.option import Dropout, PositiveInt
+from permlab.option import Dropout, PositiveInt, Side
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
@@ -56,7 +56,7 @@ class Vim(Backbone):
         self,
         spec: DataSpec,
         *,
-        patch_size: PositiveInt,
+        patch_size: Side,
         width: PositiveInt,
         depth: PositiveInt,
         num_states: PositiveInt,

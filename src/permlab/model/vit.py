@@ -1,6 +1,6 @@
 """Vision Transformer, from timm."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from permlab.data.spec import DataSpec
 from permlab.model.base import Backbone, free_of_decay
-from permlab.option import Dropout, PositiveFloat, PositiveInt
+from permlab.option import Divides, Dropout, PositiveFloat, PositiveInt, Side
 
 # (width, depth, num_heads) of the sizes that timm has ImageNet weights for, all with an MLP ratio of 4.
 _PRETRAINED = {
@@ -62,10 +62,10 @@ class Vit(Backbone):
         self,
         spec: DataSpec,
         *,
-        patch_size: PositiveInt,
+        patch_size: Side,
         width: PositiveInt,
         depth: PositiveInt,
-        num_heads: PositiveInt,
+        num_heads: Annotated[PositiveInt, Divides("width")],
         mlp_ratio: PositiveFloat,
         drop_path: Dropout,
         position: Literal["item", "slot", "none"],

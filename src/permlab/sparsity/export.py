@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from permlab.rundir import checksums, sync
+from permlab.record.rundir import checksums, sync
 from permlab.sparsity.fold import GatheredLinear, fold, install_gather
 from permlab.sparsity.site import WeightSite
 

@@ -1,1 +1,1 @@
-"""Tasks: what is trained, with which loss and which metrics."""
+"""Tasks: what is asked of a model and its method, and how they are trained for it."""

@@ -1,14 +1,10 @@
 """How well logits fit their targets: the numbers that a run is judged by, for images and for text."""
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
-
-from permlab.data.spec import DataSpec
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -21,15 +17,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0
 
 
 class Scores(nn.Module):
-    """Running metrics of one split, `loss` among them; ranks agree on what `compute` returns.
-
-    Attributes:
-        headline: the metric that the split is judged by.
-        mode: whether a `min` or a `max` of it is best.
-    """
-
-    headline: str
-    mode: Literal["min", "max"]
+    """Running metrics of one split, `loss` among them; ranks agree on what `compute` returns."""
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         raise NotImplementedError(f"{type(self).__name__} defines no update")
@@ -44,8 +32,6 @@ class Scores(nn.Module):
 
 class ImageScores(Scores):
     """Accuracy, top-5 accuracy, calibration error (15 bins) and mean cross-entropy."""
-
-    headline, mode = "accuracy", "max"
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -76,8 +62,6 @@ class TextScores(Scores):
     it depends on that length.
     """
 
-    headline, mode = "perplexity", "min"
-
     def __init__(self) -> None:
         super().__init__()
         self.loss, self.accuracy = MeanMetric(), MeanMetric()
@@ -94,8 +78,3 @@ class TextScores(Scores):
     def reset(self) -> None:
         self.loss.reset()
         self.accuracy.reset()
-
-
-def scores_of(spec: DataSpec) -> Scores:
-    """Fresh metrics for this kind of data."""
-    return TextScores() if spec.kind == "text" else ImageScores(spec.num_classes)

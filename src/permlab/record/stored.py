@@ -1,0 +1,57 @@
+"""What a run's files hold, read back: its plan and its arrays. Nothing here imports torch."""
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from permlab.config.check import plan_of
+from permlab.config.plan import Plan
+from permlab.errors import ConfigError
+
+# What NumPy raises for a file that is no .npz, or one that is cut short, garbled, or holds pickled objects.
+UNREADABLE_ARRAYS = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
+# Keys of the trainer that runs of earlier versions do not have.
+ADDED_LATER = {"on_nonfinite": "stop", "max_skips": 10}
+
+
+def read_plan(run_dir: Path) -> Plan:
+    """Plan of a run from its files, checked: they may have been changed since.
+
+    Args:
+        run_dir: of the run, wherever it has been moved to.
+    Raises:
+        ConfigError: if there is no configuration that can be read, or it is none of a run.
+    """
+    try:
+        config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{run_dir}: no readable config.yaml ({type(error).__name__})") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{run_dir}: config.yaml holds no keys")
+    if isinstance(config.get("trainer"), dict):
+        config["trainer"] = ADDED_LATER | config["trainer"]
+    try:
+        # Where the run resumed from may be gone, and matters no more.
+        return plan_of(config | {"ckpt_path": None}, run_dir)
+    except ConfigError as error:
+        raise ConfigError([f"{run_dir / 'config.yaml'}: {problem}" for problem in error.problems]) from error
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Arrays of an `.npz` file by name, none where there is no file; nothing is unpickled.
+
+    Raises:
+        UNREADABLE_ARRAYS: if it cannot be read.
+    """
+    if not path.is_file():
+        return {}
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def read_snapshots(run_dir: Path) -> list[dict[str, np.ndarray]]:
+    """Snapshots of the permutation, by ascending step."""
+    return [read_arrays(path) for path in sorted((run_dir / "arrays").glob("step=*.npz"))]

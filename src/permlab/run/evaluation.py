@@ -1,0 +1,76 @@
+"""A finished run tested again, exported or uploaded."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from permlab.config.plan import Plan
+from permlab.errors import ConfigError
+from permlab.record.checkpoint import load_weights
+from permlab.record.stored import read_plan
+from permlab.record.tracking import replay
+from permlab.run import trainer as lightning
+from permlab.run.assembly import Assembly, assemble
+from permlab.run.companion import companion_directory
+from permlab.task.learner import Summary
+
+
+def evaluate(config: Mapping[str, Any]) -> Summary:
+    """Test the picked checkpoint of a finished run again and print its numbers.
+
+    Args:
+        config: `run`, a run directory; `split`; `export`, a folder to write the model to, or None;
+            `sparse`, whether to time it as semi-structured; `upload`, whether to send its files to W&B.
+    Raises:
+        ConfigError: if the run's checkpoint or dataset cannot be read, or export or upload fail.
+    """
+    run_dir = Path(config["run"])
+    plan = read_plan(run_dir)
+    lightning.quiet_lightning()
+    parts = assemble(_without_pretrained(plan))
+    lightning.set_threads(plan, parts.model)
+    summary = evaluate_best(_in_one_process(plan), parts, split=config["split"])
+    for name, value in summary.items():
+        print(f"{name:<28} {value:.8g}")
+    if config["export"]:
+        before = {name: companion_directory(plan, c) for name, c in plan.task.before(plan).items()}
+        parts.learner.export(Path(config["export"]), plan, parts.data, before, sparse=config["sparse"])
+    if config["upload"]:
+        _upload(run_dir)
+    print(f"run: {run_dir}")
+    return summary
+
+
+def evaluate_best(plan: Plan, parts: Assembly, *, split: str = "test") -> Summary:
+    """Metrics of a run's `checkpoints/best.ckpt`, on `test` or `val`.
+
+    Raises:
+        ConfigError: if the checkpoint cannot be read or is another model's.
+    """
+    load_weights(plan.directory / "checkpoints" / "best.ckpt", *parts.learner.tested())
+    return lightning.run_test(lightning.testing_trainer(plan), parts, split=split)
+
+
+def _in_one_process(plan: Plan) -> Plan:
+    """Wherever the run was trained: its ranks would each print."""
+    accelerator = "cpu" if plan.config["trainer"]["accelerator"] == "cpu" else "auto"
+    alone = {"accelerator": accelerator, "strategy": "auto", "devices": 1, "num_nodes": 1}
+    return replace(plan, config={**plan.config, "trainer": plan.config["trainer"] | alone})
+
+
+def _without_pretrained(plan: Plan) -> Plan:
+    """A plan of a model whose weights are about to be loaded from a run: no others are fetched before."""
+    model = plan.config["model"]
+    given = model.get("pretrained")
+    if not given:
+        return plan
+    return replace(plan, config={**plan.config, "model": model | {"pretrained": False if given is True else None}})
+
+
+def _upload(run_dir: Path) -> None:
+    try:
+        count = replay(run_dir)
+    except Exception as error:  # of the network, the account or W&B itself; the run's files are untouched
+        raise ConfigError(f"upload=true: {type(error).__name__}: {error}") from error
+    print(f"uploaded {count} rows")

@@ -1,0 +1,193 @@
+"""The whole story of a run, readable top-down: claim, before, assemble, fit, finish, test, beside, write."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from permlab.callback.interrupt import STOP, stop_on_signals
+from permlab.callback.lifeline import end_ranks
+from permlab.config.plan import Plan
+from permlab.errors import Interrupted
+from permlab.figure.draw import draw_all
+from permlab.record.checkpoint import load_weights
+from permlab.record.lock import RunLock
+from permlab.record.provenance import device_name
+from permlab.record.rundir import (
+    clear_run,
+    complete_run,
+    fail_run,
+    is_done,
+    is_rank_zero,
+    read_summary,
+    start_run,
+    truncate_metrics,
+    write_checkpoint,
+    write_json,
+    write_npz,
+    writing,
+)
+from permlab.record.stored import read_arrays
+from permlab.run import trainer as lightning
+from permlab.run.assembly import Assembly, assemble, place
+from permlab.run.companion import companion_plan, shared
+from permlab.study.report import print_report
+from permlab.task.guard import NonFiniteGuard
+from permlab.task.learner import Result, Summary
+
+
+def train(plan: Plan) -> Summary:
+    """Train, test and compare; write everything into the run directory and print the report.
+
+    Raises:
+        ConfigError: before anything is written, if a component refuses its values.
+        LockedError: if another process is at work in the run directory.
+        NonFiniteError, WriteError, RankError, Interrupted: after the last good state was kept.
+    """
+    with stop_on_signals():
+        summary = run_once(plan, announce=True)
+    if is_rank_zero():
+        print_report(plan, summary)
+    return summary
+
+
+def run_once(plan: Plan, *, announce: bool = False) -> Summary:
+    """One run, from whatever its directory already holds to a `DONE` with a summary.
+
+    Args:
+        announce: whether this is the run that was asked for; another that works on it is then an
+            error, while one that others share (a companion) is waited for.
+    """
+    run_dir = plan.directory
+    if _is_over(plan) and not _has_group():
+        return read_summary(run_dir)
+    lightning.quiet_lightning()
+    before = _run_before(plan)
+    parts = assemble(plan, before)
+    lightning.set_threads(plan, parts.model)
+    lightning.check_trainer(plan)
+    if not is_rank_zero():
+        _meet()
+        return read_summary(run_dir) if _is_over(plan) else _tell(plan, parts, before)
+    with RunLock(run_dir, wait=not announce):
+        _meet()
+        if _is_over(plan):
+            return read_summary(run_dir)  # by the one that was waited for
+        if plan.is_forced:
+            clear_run(run_dir)
+        start_run(run_dir, plan.config, device=device_name(plan.config["trainer"]["accelerator"]))
+        if announce:
+            print(_opening(plan, parts), flush=True)
+        try:
+            with writing(run_dir):
+                summary = _tell(plan, parts, before)
+                STOP.check()
+                complete_run(run_dir, summary)
+        except Interrupted:
+            raise
+        except BaseException as error:
+            fail_run(run_dir, f"{type(error).__name__}: {error}")
+            raise
+    return summary
+
+
+def _is_over(plan: Plan) -> bool:
+    return is_done(plan.directory) and not plan.is_forced
+
+
+def _has_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _meet() -> None:
+    """Ranks decide by what they see in a folder, so they look when it no longer changes."""
+    if _has_group():
+        torch.distributed.barrier()
+
+
+def _run_before(plan: Plan) -> dict[str, Path]:
+    """Directories of the runs that this one needs, each trained here unless it has been before."""
+    found = {}
+    for name, companion in plan.task.before(plan).items():
+        if companion.run is not None:
+            found[name] = companion.run
+            continue
+        other = companion_plan(plan, companion)
+        if not is_done(other.directory):
+            place(plan)  # refuses what cannot be done before the minutes that training takes
+        with shared(other.directory, companion.label):
+            run_once(other)
+        found[name] = other.directory
+    return found
+
+
+def _opening(plan: Plan, parts: Assembly) -> str:
+    config, spec, model = plan.config, plan.spec, parts.model
+    count = sum(parameter.numel() for parameter in model.parameters())
+    size = f"{model.width}" if spec.is_sequence else f"{model.height}x{model.width}"
+    return (
+        f"{config['task']['name']}: {config['data']['name']} ({spec.num_classes} {spec.labels}), "
+        f"{config['model']['name']} ({count:,} parameters) reading {size} {spec.items}, "
+        f"method {config['method']['name']}{parts.learner.describe()}"
+    )
+
+
+def _tell(plan: Plan, parts: Assembly, before: Mapping[str, Path]) -> Summary:
+    """Training, test and runs beside, or what of them has not been done before."""
+    run_dir = plan.directory
+    summary = read_summary(run_dir) if (run_dir / "summary.json").is_file() else {}
+    if plan.task.metric.key not in summary:
+        summary = _fit_and_finish(plan, parts, before)
+    key = plan.task.metric.key
+    for name, companion in plan.task.beside(plan, read_arrays(run_dir / "arrays" / "order.npz")).items():
+        summary[f"{key}_{name}"] = run_once(companion_plan(plan, companion))[key]
+    return summary
+
+
+def _fit_and_finish(plan: Plan, parts: Assembly, before: Mapping[str, Path]) -> Summary:
+    """Train from the newest whole checkpoint, if any, and let the task finish what validation picked."""
+    run_dir, learner = plan.directory, parts.learner
+    state = lightning.find_state(plan, learner)
+    if is_rank_zero():
+        truncate_metrics(run_dir, state.step if state else 0, state.line if state else "")
+    saving = lightning.make_saving(plan)
+    logger = lightning.make_logger(plan)
+    trainer = lightning.training_trainer(plan, parts, logger, saving)
+    with end_ranks(trainer):
+        learner.to(trainer.strategy.root_device)
+        settings = plan.config["trainer"]
+        learner.guard = NonFiniteGuard(on_nonfinite=settings["on_nonfinite"], max_skips=settings["max_skips"])
+        learner.prepare(parts.data, before)
+        L.seed_everything(plan.config["seed"], verbose=False)
+        if learner.learns:
+            lightning.fit(trainer, parts, state.path if state else None)
+        STOP.check()  # an exception that a signal raises in a destructor, say, gets lost
+        summary = lightning.statistics(trainer, parts)
+        result = _finish(plan, parts, trainer)
+    summary |= result.summary | parts.data.statistics() | {"train/seconds": round(saving.seconds, 3)}
+    if is_rank_zero():
+        _write(run_dir, result)
+        write_json(run_dir / "summary.json", summary)  # last: a run that has it is not trained again
+        logger.mirror_results(summary, draw_all(run_dir))
+    logger.finalize("success")
+    return summary
+
+
+def _finish(plan: Plan, parts: Assembly, trainer: L.Trainer) -> Result:
+    """What the task makes of the checkpoint that validation picked."""
+    if parts.learner.shards is not None:
+        parts = assemble(plan)  # the trained one holds shards, which no checkpoint fits
+        trainer = lightning.testing_trainer(plan, strategy="ddp")
+    learner = parts.learner
+    if learner.learns:
+        load_weights(plan.directory / "checkpoints" / f"{learner.picked}.ckpt", *learner.learned())
+    learner.to(trainer.strategy.root_device)  # which the trainer has left
+    return learner.finish(lambda: lightning.run_test(trainer, parts))
+
+
+def _write(run_dir: Path, result: Result) -> None:
+    for stem, arrays in result.arrays.items():
+        write_npz(run_dir / "arrays" / f"{stem}.npz", **arrays)
+    if result.state is not None:
+        write_checkpoint(run_dir / "checkpoints" / "best.ckpt", {"state_dict": dict(result.state)})

@@ -1,0 +1,1 @@
+"""Many runs: grids, the runner of their jobs, tables, reports."""

@@ -1,0 +1,1 @@
+"""The door to studies: `python -m permlab.sweep`."""

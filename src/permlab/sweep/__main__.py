@@ -1,0 +1,59 @@
+"""Studies: the grids in `sweeps/`, run here in parallel and resumed by running them again.
+
+Every job is a process of its own; finished ones are found again, so the same command resumes a
+study. A study is every sweep whose name begins with the study's; its table is written from the
+files of its runs.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+from permlab.cli import main as command_line
+from permlab.config.schema import CONF
+from permlab.errors import ConfigError, RunError, nearest
+from permlab.record.rundir import is_done
+from permlab.study.grid import read_sweep, sweep_names
+from permlab.study.jobs import resolve_jobs, run_jobs
+from permlab.study.table import write_table
+
+RESULTS = CONF.parent / "results"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run sweeps or a study; returns the worst exit code of its jobs."""
+    parser = argparse.ArgumentParser(prog="python -m permlab.sweep", description="Run studies.")
+    parser.add_argument("names", nargs="*", help="stems of files in sweeps/")
+    parser.add_argument("--study", help="run every sweep whose name begins so, and write results/<study>.md and .csv")
+    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8), help="jobs at a time")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override for every job")
+    parser.add_argument("--table", action="store_true", help="only write the table of what has been run")
+    options = parser.parse_args(arguments)
+    try:
+        return _run(options)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _run(options: argparse.Namespace) -> int:
+    names = list(options.names)
+    if options.study and not re.fullmatch(r"\w+", options.study):
+        raise ConfigError(f"--study {options.study}: no name of a study")
+    if options.study:
+        names += sweep_names(f"{options.study}_")
+    if not names:
+        raise ConfigError(f"nothing to run{nearest('', sweep_names())}")
+    threads = [] if options.processes == 1 else ["num_threads=1"]
+    jobs = [[*threads, *job, *options.set] for name in names for job in read_sweep(name)]
+    plans = resolve_jobs("train", jobs)
+    codes = [] if options.table else run_jobs(command_line, "train", jobs, plans, num_processes=options.processes)
+    finished = [plan for plan in plans if plan is not None and is_done(plan.directory)]
+    print(write_table(finished, RESULTS / (options.study or "_".join(names))))
+    return max(codes, default=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

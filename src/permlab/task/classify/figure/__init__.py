@@ -1,0 +1,1 @@
+"""Pictures that runs of this task alone have."""

@@ -1,0 +1,107 @@
+"""Classify images whose patches are read in a learned order: what is asked."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from permlab.config.plan import Plan
+from permlab.config.schema import component_options
+from permlab.data.spec import DataSpec
+from permlab.option import Fraction, NonNegativeFloat, PositiveFloat, Verbatim
+from permlab.task.metric import ACCURACY, Metric, Row
+from permlab.task.task import Companion, Idle, Task
+
+
+class Classify(Task):
+    """Cross-entropy on labelled images, through the learned order.
+
+    A run is compared with two more trainings under the same schedule, both with a fixed order:
+    `control` reads in the starting order; `refit` is a fresh model that reads in the learned order.
+    A method whose order depends on the image has no single order to refit.
+
+    Args:
+        spec: shape of the data.
+        control: also train the starting order held fixed, and a fresh model under the learned order.
+        label_smoothing: of the cross-entropy that is minimised, not of the reward.
+        policy_weight: weight of the policy term.
+        teacher: a run directory or `timm/<name>`; null for none.
+        distill_weight, distill_temperature: soft-target KL times the squared temperature
+            (Hinton et al. 2015, arXiv:1503.02531).
+        feature_weight: mean squared error between the student's pooled features, through a
+            learned linear map, and the teacher's.
+    """
+
+    takes: ClassVar[tuple[str, ...]] = ("image",)
+    permutes: ClassVar[str] = "items"
+    metric: Metric = ACCURACY
+    panels: ClassVar[tuple[tuple[str, Mapping[str, str]], ...]] = (
+        ("accuracy", {"train (batch)": "train/accuracy", "validation": "val/accuracy"}),
+    )
+
+    no_effect: ClassVar[dict[str, tuple[str, list]]] = {
+        "distill_temperature": ("distill_weight", [0]),
+    }
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        *,
+        control: bool,
+        label_smoothing: Fraction,
+        policy_weight: NonNegativeFloat,
+        teacher: Verbatim | None,
+        distill_weight: NonNegativeFloat,
+        distill_temperature: PositiveFloat,
+        feature_weight: NonNegativeFloat,
+    ) -> None:
+        super().__init__(spec)
+        self.control = control
+        self.label_smoothing, self.policy_weight = label_smoothing, policy_weight
+        self.teacher = teacher
+        self.distill_weight, self.distill_temperature = distill_weight, distill_temperature
+        self.feature_weight = feature_weight
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        key = self.metric.key
+        return (
+            Row("starting order, fixed (control)", f"{key}_control", "control"),
+            Row("learned order, co-trained", key, "learned"),
+            Row("learned order, fresh model (refit)", f"{key}_refit", "refit"),
+        )
+
+    def problems(self, plan: Plan) -> list[str]:
+        if self.teacher is None:
+            weights = {"distill_weight": self.distill_weight, "feature_weight": self.feature_weight}
+            return [f"task.{key}={weight}: needs task.teacher" for key, weight in weights.items() if weight]
+        if self.teacher.startswith("timm/") or Path(self.teacher, "config.yaml").is_file():
+            return []
+        return [f"task.teacher={self.teacher}: neither a run directory with a config.yaml nor timm/<model name>"]
+
+    def idle(self, plan: Plan) -> Iterator[Idle]:
+        method = plan.config["method"]
+        if "baseline" not in component_options("method", method["component"]):
+            yield "task.policy_weight", f"method={method['name']}, which does not sample"
+        if method["component"] == "fixed":
+            yield "task.control", f"method={method['name']}, which is its own control"
+
+    def complete(self, config: dict[str, Any]) -> None:
+        if config["method"]["component"] == "fixed":
+            config["task"]["control"] = False  # a fixed order is its own control
+
+    def beside(self, plan: Plan, arrays: Mapping[str, Any]) -> dict[str, Companion]:
+        if not plan.config["task"]["control"]:
+            return {}
+        found = {"control": _at_order(plan, plan.config["method"]["order"])}
+        if "order" in arrays:
+            found["refit"] = _at_order(plan, arrays["order"].tolist())
+        return found
+
+
+def _at_order(plan: Plan, order: str | list[int]) -> Companion:
+    """The same training with an order that is held fixed."""
+    fixed = {"name": "fixed", "component": "fixed", "order": order}
+    return Companion(
+        take=tuple(plan.config),
+        change={"method": fixed, "task.control": False, "force": False, "ckpt_path": None},
+    )

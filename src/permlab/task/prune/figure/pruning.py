@@ -1,0 +1,51 @@
+"""What a pruning lost, layer by layer, and how polishing went."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from permlab.figure.style import PALETTE, new_figure
+from permlab.record.stored import read_arrays
+
+
+def draw(run_dir: Path) -> Figure | None:
+    """What each layer and site of a pruning lost."""
+    arrays = read_arrays(run_dir / "arrays" / "sites.npz")
+    if not arrays:
+        return None
+    layers, errors = arrays["layer"].tolist(), arrays["reconstruction_error"]
+    return pruning_figure(layers, errors, arrays["site"].tolist(), arrays["retained"], arrays["polished_loss"])
+
+
+def pruning_figure(
+    layers: Sequence[str], errors: np.ndarray, sites: Sequence[str], retained: np.ndarray, polished_loss: np.ndarray
+) -> Figure:
+    """Reconstruction error of every layer, retained score of every site, and the loss while swaps were tried.
+
+    Args:
+        layers, errors: relative error of each layer's output on held-out inputs.
+        sites, retained: share of the score that each site's mask keeps.
+        polished_loss: calibration loss after every step of polishing; empty if there was none.
+    """
+    num_bars = max(len(layers), len(sites))
+    panels = 3 if len(polished_loss) else 2
+    figure = new_figure(4.6 * panels, 0.24 * num_bars + 1.4)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for panel, names, values, colour, label in (
+        (axes[0], layers, errors, PALETTE[0], "relative reconstruction error, held out"),
+        (axes[1], sites, retained, PALETTE[1], "retained score"),
+    ):
+        places = np.arange(len(names))
+        panel.barh(places, values, color=colour, height=0.7)
+        panel.set_yticks(places, names, fontsize=7)
+        panel.invert_yaxis()
+        panel.set_xlabel(label)
+        panel.set_xlim(left=0)
+    if panels == 3:
+        axes[2].plot(np.arange(len(polished_loss)), polished_loss, color=PALETTE[2])
+        axes[2].set_xlabel("sets of swaps tried")
+        axes[2].set_ylabel("divergence from dense, calibration")
+        axes[2].set_ylim(bottom=0)
+    return figure

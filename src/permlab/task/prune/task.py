@@ -1,0 +1,209 @@
+"""Prune a trained model to N:M structured sparsity, with a learned permutation of its input channels: what is asked."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from permlab.config.plan import Plan
+from permlab.config.schema import component_options
+from permlab.data.spec import DataSpec
+from permlab.option import NonNegativeFloat, PositiveFloat, PositiveInt, Verbatim
+from permlab.record.stored import read_plan
+from permlab.task.metric import ACCURACY, PERPLEXITY, Metric, Row
+from permlab.task.task import Companion, Idle, Task
+
+# The task that trains the model, and what that is judged by, for each kind of data.
+TRAINED_BY: dict[str, tuple[str, Metric]] = {"image": ("classify", ACCURACY), "text": ("lm", PERPLEXITY)}
+# What the dense run takes over from the pruning's: the model, and where it computes, not how long.
+TRAINER_KEYS = (
+    *("accelerator", "strategy", "devices", "num_nodes", "precision", "enable_progress_bar"),
+    *("on_nonfinite", "max_skips"),
+)
+SHARED = ("seed", "paths", "checkpoint", "num_threads", "logger")
+# Options of the loss, idle where nothing is learned.
+LOSS_OPTIONS = ("task_weight", "kl_weight", "distill_weight", "distill_kind", "distill_over", "mask_temperature", "mix")
+# Settings that name the dense model.
+DENSE = ("dense", "dense_steps")
+
+
+class Prune(Task):
+    """Learns the orders of the input channels under which an N:M mask loses least; all weights are frozen.
+
+    Args:
+        spec: shape of the data.
+        n, m: n kept of every m consecutive input channels.
+        pruner: importance of a weight: `magnitude`, `wanda`, `ria`, or `sparsegpt`, which also updates
+            the weights that are kept. In training `sparsegpt` stands for its static saliency.
+        power: of the input norm in `ria`.
+        damping: added to the Hessian's diagonal in `sparsegpt`, in multiples of its mean.
+        sites: `all`, `foldable`, `stream`, or names or kinds of sites.
+        coupling: whether layers with the same input share an order (`shared`) or have one each.
+        within_heads: keep the order of an attention output's input within heads, which folds.
+        num_groups: equal consecutive blocks of channels that no channel leaves; 1 for a global order.
+        block_size: channels in a group where `num_groups` is null; narrower sites have one group.
+        mask_temperature: of the softmax that gradients take for the choice of the n best.
+        mix: what a relaxed permutation mixes: the `weight`, as the paper has it, or the `mask` alone.
+        num_samples: calibration samples (images, or windows of text).
+        sequence_length: tokens of a calibration sample, at most the data's; null for the data's. Text only.
+        task_weight: of the cross-entropy on labels.
+        kl_weight: of the divergence from the dense model's predictions.
+        distill_weight: of the distance between hidden states of the dense and the pruned model.
+        distill_kind: mean squared error, smooth L1, or one minus the cosine.
+        distill_over: outputs of every pruned layer, of every block, or of the last block.
+        dense: run directory of the model to prune; null trains one, or finds it trained.
+        dense_steps: optimiser steps of that training; null for its task's own number.
+    Source: arXiv:2601.22980 (relaxed training, groups, losses); Zou et al. 2025, arXiv:2510.10136
+        (straight-through, blocks, cosine of the last block).
+    Differs from source: see docs/pruning.md.
+    """
+
+    takes: ClassVar[tuple[str, ...]] = ("image", "text")
+    permutes: ClassVar[str] = "weights"
+    exports: ClassVar[bool] = True
+    panels: ClassVar[tuple[tuple[str, Mapping[str, str]], ...]] = (
+        ("accuracy", {"train (batch)": "train/accuracy", "validation": "val/accuracy"}),
+        ("perplexity", {"validation": "val/perplexity"}),
+        ("divergence\nfrom dense", {"hard orders": "val/calibration_loss", "soft orders": "val/soft_calibration_loss"}),
+    )
+    compared_within: ClassVar[tuple[str, ...]] = (*DENSE, "sites", "num_samples")
+
+    no_effect: ClassVar[dict[str, tuple[str, list]]] = {
+        "power": ("pruner", ["magnitude", "wanda", "sparsegpt"]),
+        "damping": ("pruner", ["magnitude", "wanda", "ria"]),
+        "block_size": ("num_groups", ["<set>"]),
+        "distill_kind": ("distill_weight", [0]),
+        "distill_over": ("distill_weight", [0]),
+        "dense_steps": ("dense", ["<set>"]),
+        "sequence_length": ("kind", ["image"]),
+    }
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        *,
+        n: PositiveInt,
+        m: PositiveInt,
+        pruner: Literal["magnitude", "wanda", "ria", "sparsegpt"],
+        power: NonNegativeFloat,
+        damping: PositiveFloat,
+        sites: Literal["all", "foldable", "stream"] | list[str] | str,
+        coupling: Literal["shared", "independent"],
+        within_heads: bool,
+        num_groups: PositiveInt | None,
+        block_size: PositiveInt,
+        mask_temperature: PositiveFloat,
+        mix: Literal["weight", "mask"],
+        num_samples: PositiveInt,
+        sequence_length: PositiveInt | None,
+        task_weight: NonNegativeFloat,
+        kl_weight: NonNegativeFloat,
+        distill_weight: NonNegativeFloat,
+        distill_kind: Literal["mse", "smooth_l1", "cosine"],
+        distill_over: Literal["every_pruned_layer", "block", "last"],
+        dense: Verbatim | None,
+        dense_steps: PositiveInt | None,
+    ) -> None:
+        super().__init__(spec)
+        self.n, self.m, self.pruner, self.power, self.damping = n, m, pruner, power, damping
+        self.sites, self.coupling, self.within_heads = sites, coupling, within_heads
+        self.num_groups, self.block_size = num_groups, block_size
+        self.mask_temperature, self.mix = mask_temperature, mix
+        self.num_samples, self.sequence_length = num_samples, sequence_length
+        self.task_weight, self.kl_weight = task_weight, kl_weight
+        self.distill_weight, self.distill_kind, self.distill_over = distill_weight, distill_kind, distill_over
+        self.dense, self.dense_steps = dense, dense_steps
+
+    @property
+    def metric(self) -> Metric:  # type: ignore[override]
+        return TRAINED_BY[self.spec.kind][1]
+
+    @property
+    def monitor(self) -> Metric:
+        return Metric("calibration_loss", "min")
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        key = self.metric.key
+        return (
+            Row("pruned, channels as they are", f"{key}_unpermuted", "unpermuted"),
+            Row("pruned, {order}", key, "pruned"),
+            Row("dense", f"{key}_dense", "dense", once=DENSE),
+            Row("retained score", "prune/retained", "retained", ".4f"),
+            Row("efficacy", "prune/efficacy", "efficacy", ".3f"),
+            Row("reconstruction error, held out", "prune/reconstruction_error", "reconstruction error", ".4f"),
+            Row("divergence from dense, calibration", "prune/calibration_loss", "divergence", ".4f"),
+            Row("seconds for the orders", "prune/seconds", "seconds", ".1f"),
+            Row("", "prune/peak_memory_mib", "MiB", ".0f"),
+            Row("parameters learned", "prune/num_parameters", "parameters", ".0f"),
+        )
+
+    # Rules between keys
+
+    def problems(self, plan: Plan) -> list[str]:
+        problems = []
+        if self.n >= self.m:
+            problems.append(f"task.n={self.n}: keeps all of every task.m={self.m}; expected less")
+        length, longest = self.sequence_length, self.spec.width
+        if length is not None and self.spec.is_sequence and length > longest:
+            problems.append(f"task.sequence_length={length}: exceeds data.sequence_length={longest}")
+        if self.dense is not None and not Path(self.dense, "config.yaml").is_file():
+            problems.append(f"task.dense={self.dense}: not a run directory (no config.yaml)")
+        elif self.dense is not None and not Path(self.dense, "checkpoints", "best.ckpt").is_file():
+            problems.append(f"task.dense={self.dense}: no checkpoints/best.ckpt; the run has not validated yet")
+        return problems
+
+    def idle(self, plan: Plan) -> Iterator[Idle]:
+        method, pretrained = plan.config["method"], plan.config["model"].get("pretrained")
+        options, named = component_options("method", method["component"]), f"method={method['name']}"
+        for key in ("optim.lr", "optim.weight_decay"):
+            yield key, "task=prune, which freezes the model's weights"
+        if self.dense is not None or pretrained:
+            yield "model.lr", "a model that is trained already"
+        if "lr" not in options:
+            optim = ("beta1", "beta2", "schedule", "warmup_fraction")
+            trainer = ("max_steps", "max_epochs", "gradient_clip_val", "on_nonfinite")
+            keys = [*(f"task.{key}" for key in LOSS_OPTIONS), *(f"optim.{key}" for key in optim)]
+            for key in [*keys, *(f"trainer.{key}" for key in trainer)]:
+                yield key, f"{named}, which does not learn"
+        if "estimator" not in options:
+            yield "task.mask_temperature", f"{named}, which has no relaxation"
+        if method.get("estimator") != "relaxed":
+            yield "task.mix", f"{named}, which mixes no items"
+        if pretrained:
+            yield "task.dense_steps", "model.pretrained"
+
+    # The dense model
+
+    def data_seed(self, plan: Plan) -> int:
+        """That of the dense run, or its training samples would be tested on."""
+        return read_plan(Path(self.dense)).config["seed"] if self.dense else plan.config["seed"]
+
+    def before(self, plan: Plan) -> dict[str, Companion]:
+        """The dense run: same model, data, seed and machine, its task's own schedule."""
+        config = plan.config
+        if self.dense:
+            return {"dense": Companion(run=Path(self.dense))}
+        if config["model"].get("pretrained"):
+            return {}
+        names = {group: config[group]["name"] for group in ("model", "data")}
+        words = [f"task={TRAINED_BY[self.spec.kind][0]}", "method=fixed", *(f"{k}={v}" for k, v in names.items())]
+        data = [f"data.{key}" for key in config["data"] if key not in ("batch_size", "num_workers")]
+        change: dict[str, Any] = {"optim.lr": config["model"]["lr"]}
+        if self.dense_steps:
+            change |= {"trainer.max_steps": self.dense_steps, "trainer.val_check_interval": None}
+        take = ("model", *data, *(f"trainer.{key}" for key in TRAINER_KEYS), *SHARED)
+        return {"dense": Companion(tuple(words), take, change, label="dense model")}
+
+    # Tables over runs
+
+    def section(self, plan: Plan) -> str:
+        return f", {self.n}:{self.m}"
+
+    def label(self, plan: Plan) -> str:
+        name = plan.config["method"]["name"]
+        return self.pruner if name == "fixed" else f"{self.pruner} + {name}"
+
+    def baseline(self, plan: Plan, summary: Mapping[str, float]) -> float | None:
+        """Plain Wanda; runs that prune by it have measured that themselves, on the way."""
+        plain = self.metric.key if plan.config["method"]["name"] == "fixed" else f"{self.metric.key}_unpermuted"
+        return summary.get(plain) if self.pruner == "wanda" else None

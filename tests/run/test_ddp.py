@@ -1,0 +1,156 @@
+"""Two processes (gloo): ranks agree on order, temperature, baseline and run directory."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from permlab.cli import main
+from permlab.record.checkpoint import newest_state
+from permlab.record.rundir import read_metrics
+from soak import compare
+
+# Run by both ranks: the real command line, with a callback that compares the ranks after every batch.
+SCRIPT = """
+import os
+import signal
+import sys
+import lightning as L
+import torch
+import permlab.run.story
+from permlab.cli import main
+
+torch.set_num_threads(1)
+
+
+class Compare(L.Callback):
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        due = [key for key, value in os.environ.items() if key.endswith("_AT") and value == str(trainer.global_step)]
+        if trainer.global_rank == 1 and "DIE_AT" in due:
+            open(os.environ["DIED"], "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if trainer.global_rank == 1 and "DRIFT_AT" in due:
+            pl_module.method.logits.data[-1] += 100
+        if trainer.global_rank == 1 and "NAN_AT" in due:
+            pl_module.model.head.weight.data.fill_(float("nan"))
+        if trainer.global_rank == 0 and "STOP_AT" in due:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if "DRIFT_AT" in os.environ or "NAN_AT" in os.environ:
+            return
+        method = pl_module.method
+        state = {name: value.tolist() for name, value in method.state_dict().items()}
+        mine = [method.best().tolist(), method.temperature, method.phase, state, str(trainer.default_root_dir)]
+        weights = [parameter.sum().item() for parameter in pl_module.parameters()]
+        everyone = [None, None]
+        torch.distributed.all_gather_object(everyone, [mine, weights])
+        assert everyone[0] == everyone[1], everyone
+        if trainer.global_rank == 0:
+            print("agree", trainer.global_step, flush=True)
+
+
+build = permlab.run.story._callbacks
+permlab.run.story._callbacks = lambda *parts: [*build(*parts), Compare()]
+if __name__ == "__main__":
+    sys.exit(main("train", sys.argv[1:]))
+"""
+
+
+WORDS = [
+    *["trainer.max_steps=6", "trainer.log_every_n_steps=1", "logger.mode=disabled", "checkpoint.every_n_steps=2"],
+    *["method=reorder", "method.baseline=ema", "method.num_samples=2", "method.warmup_fraction=0.2"],
+]
+RANKS = ["trainer=ddp", "trainer.accelerator=cpu", "data.batch_size=32"]
+
+
+def run_ranks(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    (folder / "script.py").write_text(SCRIPT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    command = [sys.executable, str(folder / "script.py"), *RANKS, *WORDS, *words, f"paths.runs={folder / 'runs'}"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("ddp")
+    return folder, run_ranks(folder)
+
+
+def test_ranks_agree_after_every_step(result: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    _, process = result
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.count("agree") == 3 * 6  # learned, control, refit
+
+
+def test_ranks_share_one_directory_and_eval_needs_only_one_of_them(
+    result: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, process = result
+    done = list((folder / "runs").rglob("DONE"))
+    assert len(done) == len(list((folder / "runs").rglob("config.yaml"))) == 3, process.stderr[-3000:]
+    learned = next(path.parent for path in done if "reorder" in str(path))
+    summary = json.loads((learned / "summary.json").read_text())
+    assert {"test/accuracy", "test/accuracy_control", "test/accuracy_refit"} <= set(summary)
+    assert process.stdout.count("run: ") == 1, "only rank 0 prints"
+    assert main("eval", [f"run={learned}"]) == 0  # in this one process, to the same numbers
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("test/"))
+    assert len(printed) == 4
+    assert all(float(value) == pytest.approx(summary[name], abs=1e-6) for name, value in printed.items())
+    steps = [json.loads(line)["step"] for line in (learned / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_metrics_are_those_of_one_process_with_the_same_global_batch(
+    result: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    folder, _ = result
+    assert main("train", [*WORDS, "data.batch_size=64", "task.control=false", f"paths.runs={tmp_path}"]) == 0
+    (one,) = tmp_path.rglob("DONE")
+    two = next(path.parent for path in (folder / "runs").rglob("DONE") if "reorder" in str(path))
+    ours, theirs = read_metrics(one.parent), read_metrics(two)
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    for row, other in zip(ours, theirs, strict=True):
+        assert row == pytest.approx(other, rel=1e-5, abs=1e-5)
+
+
+def test_an_interrupted_run_ends_as_one_that_was_not(
+    result: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """SIGTERM reaches rank 0 only; both stop at the same step, exit 143, and go on from there."""
+    stopped = run_ranks(tmp_path, STOP_AT="3")
+    assert stopped.returncode == 143, stopped.stderr[-3000:]
+    assert not list(tmp_path.rglob("DONE"))
+    resumed = run_ranks(tmp_path)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert stopped.stdout.count("agree") + resumed.stdout.count("agree") == 3 * 6, "no step is made twice"
+    assert compare(result[0] / "runs", tmp_path / "runs") == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("DIE_AT", "error: rank 1 (process "),
+        ("DRIFT_AT", "error: step 5: rank 1 differs from rank 0 in: orders"),
+        ("NAN_AT", "error: step 4: the loss is nan"),
+    ],
+)
+def test_a_rank_that_dies_or_errs_ends_the_run_with_one_line_and_a_whole_state(
+    variable: str, message: str, tmp_path: Path
+) -> None:
+    process = run_ranks(tmp_path, "task.control=false", **{variable: "4", "DIED": str(tmp_path / "died")})
+    assert process.returncode == 1, process.stderr[-3000:]
+    if variable == "DIE_AT":
+        assert time.time() - (tmp_path / "died").stat().st_mtime < 60
+    lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert any(line.startswith(message) for line in lines), process.stderr[-3000:]
+    assert "Traceback" not in process.stderr
+    (folder,) = tmp_path.rglob("checkpoints")
+    state, damaged = newest_state(folder)
+    assert state is not None
+    assert (state.step, damaged) == (4, {})
+    assert not list(tmp_path.rglob("DONE"))

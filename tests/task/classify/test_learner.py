@@ -1,0 +1,198 @@
+"""The classification loss: policy term, distillation, groups of the optimiser, freezing."""
+
+import copy
+import math
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from runs import SHORT, assemble, configure, train
+
+from permlab.config.build import build
+from permlab.data.spec import DataSpec
+from permlab.errors import ConfigError
+from permlab.permutation import permute
+from permlab.task.classify.learner import ClassifyLearner
+from permlab.task.classify.teacher import TimmTeacher, load_teacher
+
+SPEC = DataSpec(kind="image", num_classes=10, channels=1, height=8, width=8)
+
+
+def task_of(*overrides: str) -> ClassifyLearner:
+    config = configure([*SHORT, *overrides])
+    parts = assemble(config)
+    return parts.learner
+
+
+def attach(task: ClassifyLearner) -> ClassifyLearner:
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.strategy.connect(task)
+    task.trainer = trainer
+    return task.train()
+
+
+def batch(count: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(count, 1, 8, 8, generator=generator), torch.arange(count) % 10
+
+
+@pytest.mark.parametrize("method", ["fixed", "sinkhorn_ste", "sort_softmax"])
+def test_without_a_law_the_loss_is_cross_entropy(method: str) -> None:
+    task = attach(task_of(f"method={method}"))
+    images, labels = batch()
+    items = task.model.embed(images)
+    expected = F.cross_entropy(task.model.read(permute(items, task.method(items))), labels)
+    torch.testing.assert_close(task.training_step((images, labels), 0), expected)
+
+
+@pytest.mark.parametrize("granularity", ["batch", "image"])
+def test_the_policy_gradient_is_the_published_estimator(granularity: str) -> None:
+    """Against the score function written out sample by sample, with a leave-one-out baseline."""
+    options = ("method=reorder", "method.num_samples=3", f"method.granularity={granularity}", "method.temperature=0.4")
+    task = attach(task_of(*options))
+    images, labels = batch()
+    items = task.model.embed(images)
+    sample = task.method(items, generator=task._noise(0))
+    rewards = torch.stack(
+        [
+            -F.cross_entropy(task.model.read(items.gather(1, _index(order, items))), labels, reduction="none").detach()
+            for order in sample.order
+        ]
+    )
+    if granularity == "batch":
+        rewards = rewards.mean(1, keepdim=True)
+    total = 0.0
+    for k in range(3):
+        baseline = (rewards.sum(0) - rewards[k]) / 2
+        total = total - ((rewards[k] - baseline) * sample.log_prob[k]).mean() / 3
+    (expected,) = torch.autograd.grad(total, list(task.method.parameters()))
+    task.training_step((images, labels), 0).backward()
+    (parameter,) = task.method.parameters()
+    torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def _index(order: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+    return order.expand(len(items), -1).unsqueeze(-1).expand_as(items)
+
+
+def test_policy_weight_scales_the_policy_alone() -> None:
+    gradients = {}
+    for weight in (1.0, 2.0):
+        task = attach(task_of("method=reorder", f"task.policy_weight={weight}"))
+        task.training_step(batch(), 0).backward()
+        gradients[weight] = [p.grad.clone() for p in (*task.method.parameters(), *task.model.parameters())]
+    torch.testing.assert_close(gradients[2.0][0], 2 * gradients[1.0][0])
+    torch.testing.assert_close(gradients[2.0][1:], gradients[1.0][1:])
+
+
+def test_label_smoothing_changes_the_loss() -> None:
+    plain, smooth = (attach(task_of(f"task.label_smoothing={value}")).training_step(batch(), 0) for value in (0, 0.3))
+    assert not torch.isclose(plain, smooth)
+
+
+def test_the_optimiser_has_one_group_for_each_kind_of_parameter() -> None:
+    task = attach(task_of("method=sinkhorn_ste", "model=vit_nano", "optim.weight_decay=0.1", "method.lr=0.007"))
+    task.trainer.fit_loop.max_epochs, task.trainer.fit_loop.epoch_loop.max_steps = -1, 10
+    optimizer = task.configure_optimizers()["optimizer"]
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    assert groups["permutation"]["weight_decay"] == groups["model_no_decay"]["weight_decay"] == 0
+    assert groups["model"]["weight_decay"] == 0.1
+    assert groups["permutation"]["initial_lr"] == 0.007
+    assert all(parameter.ndim >= 2 for parameter in groups["model"]["params"])
+    counted = sum(parameter.numel() for group in groups.values() for parameter in group["params"])
+    assert counted == sum(parameter.numel() for parameter in task.parameters())
+
+
+def test_a_frozen_method_does_not_move(tmp_path) -> None:
+    """Adam's momentum would move it if its gradient were zero and not absent."""
+    options = (
+        "trainer.val_check_interval=4",
+        "trainer.log_every_n_steps=1",
+        "method.freeze_fraction=0.5",
+        "method.lr=0.3",
+    )
+    result = train(tmp_path, *options, "task.control=false", steps=16)
+    kendall = [line["permutation/kendall"] for line in result.metrics]
+    entropy = [line["permutation/entropy"] for line in result.metrics]
+    assert len(set(kendall[8:])) == len(set(entropy[8:])) == 1
+    assert len(set(entropy[:8])) > 1
+
+
+# Distillation
+
+
+def test_distillation_from_a_run(tmp_path) -> None:
+    teacher = train(tmp_path, "model=vit_nano", "model.patch_size=4", "task.control=false", "method=fixed")
+    task = attach(
+        task_of(f"task.teacher={teacher.run_dir}", "task.distill_weight=0.7", "task.feature_weight=0.2", "method=fixed")
+    )
+    images, labels = batch()
+    features = task.model.encode(task.model.embed(images))
+    logits = task.model.head(features)
+    with torch.no_grad():
+        theirs, their_features = task.teacher[0](images)
+    p, q = (theirs / 2).softmax(-1), (logits / 2).softmax(-1)
+    divergence = (p * (p.log() - q.log())).sum(-1).mean()
+    mse = ((task.projection(features) - their_features) ** 2).mean()
+    expected = F.cross_entropy(logits, labels) + 0.7 * 4 * divergence + 0.2 * mse
+    torch.testing.assert_close(task.training_step((images, labels), 0), expected)
+    assert not any("teacher" in name for name in task.state_dict())
+    other = attach(task_of(f"task.teacher={teacher.run_dir}", "task.distill_weight=0.7", "task.distill_temperature=5"))
+    assert not torch.isclose(other.training_step((images, labels), 0), expected)
+
+
+def test_a_run_distils_end_to_end(tmp_path) -> None:
+    teacher = train(tmp_path, "model=vit_nano", "model.patch_size=4", "task.control=false", "method=fixed")
+    student = train(
+        tmp_path,
+        f"task.teacher={teacher.run_dir}",
+        "task.feature_weight=1",
+        "task.control=false",
+        "trainer.log_every_n_steps=1",
+    )
+    assert student.code == 0, student.err
+    assert student.metrics[0]["train/feature"] > 0
+
+
+def test_a_timm_teacher_resizes_and_gives_features() -> None:
+    teacher = TimmTeacher("resnet10t", SPEC, pretrained=False).eval()
+    logits, features = teacher(torch.rand(2, 1, 8, 8))
+    assert logits.shape == (2, 1000)
+    torch.testing.assert_close(teacher.model.get_classifier()(features), logits)
+
+
+def test_a_teacher_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match="nearest valid choice: resnet18"):
+        load_teacher("timm/resnet188", SPEC)
+
+
+def test_soft_targets_need_the_same_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = TimmTeacher("resnet10t", SPEC, pretrained=False).eval()
+    monkeypatch.setattr("permlab.task.classify.learner.load_teacher", lambda name, spec: teacher)
+    with pytest.raises(ConfigError, match="1000 classes, the data has 10"):
+        task_of("task.teacher=timm/resnet10t", "task.distill_weight=1")
+
+
+def test_calibration_error_and_top5_against_numpy(tmp_path) -> None:
+    result = train(tmp_path, "task.control=false", "model=vit_nano", "model.patch_size=4", steps=10)
+    config = copy.deepcopy(result.config)
+    parts = assemble(config)
+    state = torch.load(result.run_dir / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    parts.model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
+    parts.method.load_state_dict({k[7:]: v for k, v in state.items() if k.startswith("method.")})
+    images, labels = build("data", config["data"]).dataset("test", 0).__getitems__(range(360))
+    with torch.no_grad():
+        logits = parts.model.eval().read(parts.model.embed(images)[:, parts.method.best()])
+    confidence, predicted = logits.softmax(-1).max(-1)
+    right = (predicted == labels).double()
+    error = 0.0
+    for low in range(15):
+        inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
+        if inside.any():
+            error += inside.double().mean() * (right[inside].mean() - confidence[inside].mean()).abs()
+    top5 = (logits.topk(5).indices == labels[:, None]).any(1).double().mean()
+    assert result.summary["test/accuracy"] == pytest.approx(right.mean().item(), abs=1e-6)
+    assert result.summary["test/accuracy_top5"] == pytest.approx(top5.item(), abs=1e-6)
+    assert result.summary["test/calibration_error"] == pytest.approx(float(error), abs=1e-5)
+    assert math.isclose(result.summary["test/loss"], F.cross_entropy(logits, labels).item(), rel_tol=1e-4)
