@@ -1,5 +1,6 @@
-"""Errors that end a run with one line and an exit code instead of a traceback."""
+"""Errors that end a run with one line and an exit code instead of a traceback, and what they suggest."""
 
+import difflib
 import errno
 from collections.abc import Sequence
 from typing import Any
@@ -67,3 +68,12 @@ class Interrupted(BaseException):
     def __init__(self, signal_number: int) -> None:
         self.exit_code = 128 + signal_number
         super().__init__(f"interrupted by signal {signal_number}; the same command goes on from here")
+
+
+def nearest(value: Any, valid: list[Any]) -> str:
+    """Suggestion to append to a problem: the closest valid choice, or all of them if few."""
+    names = [str(choice) for choice in valid]
+    close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    if close:
+        return f"; nearest valid choice: {close[0]}"
+    return f"; valid choices: {', '.join(sorted(names))}" if names else ""

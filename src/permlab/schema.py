@@ -6,7 +6,6 @@ constructor.
 """
 
 import ast
-import difflib
 import importlib.util
 import re
 from dataclasses import dataclass, fields
@@ -14,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from permlab.errors import ConfigError
+from permlab.errors import ConfigError, nearest
 from permlab.option import (
     Fraction,
     NonNegativeFloat,
@@ -238,12 +237,3 @@ def component_names(group: str) -> list[str]:
     """Choices of a group: the stems of its YAML files."""
     folder = CONF / group
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
-
-
-def nearest(value: Any, valid: list[Any]) -> str:
-    """Suggestion to append to a problem: the closest valid choice, or all of them if few."""
-    names = [str(choice) for choice in valid]
-    close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
-    if close:
-        return f"; nearest valid choice: {close[0]}"
-    return f"; valid choices: {', '.join(sorted(names))}" if names else ""

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from permlab.errors import nearest
 from permlab.permutation import check_order
-from permlab.schema import nearest
 
 COUPLINGS = ("shared", "independent")
 
