@@ -105,7 +105,7 @@ def error_of(removed: Tensor, hessian: Tensor) -> float:
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_the_parts_of_a_problem_add_up_to_the_layer(repeats: int) -> None:
+def test_the_parts_that_a_search_is_given_add_up_to_the_layer(repeats: int) -> None:
     if repeats == 3:
         layers = grouped_query()
     else:
@@ -114,13 +114,13 @@ def test_the_parts_of_a_problem_add_up_to_the_layer(repeats: int) -> None:
         statistics = InputStatistics(inputs.mT @ inputs, 30)
         weights = [torch.randn(5, 8).double(), torch.randn(3, 8).double()]
         layers = SiteLayers(site, weights, [statistics] * 2, **OPTIONS)
-    problem = layers.problem(n=2, m=4, num_groups=2, seed=7)
-    assert (problem.n, problem.m, problem.num_groups, problem.seed) == (2, 4, 2, 7)
-    assert len(problem.weights) == len(problem.hessians) == len(problem.scores) == (3 if repeats == 3 else 2)
-    assert torch.equal(problem.joint_scores(), layers.scores.mT)
+    given = layers.search_inputs(n=2, m=4, num_groups=2, seed=7)
+    assert (given.n, given.m, given.num_groups, given.seed) == (2, 4, 2, 7)
+    assert len(given.weights) == len(given.hessians) == len(given.scores) == (3 if repeats == 3 else 2)
+    assert torch.equal(given.joint_scores(), layers.scores.mT)
     order = torch.cat([torch.randperm(4), 4 + torch.randperm(4)])
     parts = 0.0
-    for weight, hessian, scores in zip(problem.weights, problem.hessians, problem.scores, strict=True):
+    for weight, hessian, scores in zip(given.weights, given.hessians, given.scores, strict=True):
         mask = torch.zeros_like(weight)
         mask[:, order] = nm_mask(scores[:, order], n=2, m=4).double()
         parts += error_of(weight * (1 - mask), hessian)
@@ -132,15 +132,15 @@ def test_the_parts_of_a_problem_add_up_to_the_layer(repeats: int) -> None:
     assert parts == pytest.approx(whole, rel=1e-9)
 
 
-def test_a_search_on_the_problem_lowers_the_real_error() -> None:
+def test_a_search_lowers_the_real_error() -> None:
     layers = grouped_query()
-    problem = layers.problem(n=2, m=4, num_groups=2, seed=0)
+    given = layers.search_inputs(n=2, m=4, num_groups=2, seed=0)
     order = reconstruction_search(
-        problem.weights, problem.hessians, problem.scores, n=2, m=4, num_groups=2, order=torch.arange(8), num_swaps=50
+        given.weights, given.hessians, given.scores, n=2, m=4, num_groups=2, order=torch.arange(8), num_swaps=50
     )
     assert torch.equal(order, torch.arange(8)), "a head of one block has nothing to exchange"
     order = reconstruction_search(
-        problem.weights, problem.hessians, problem.scores, n=1, m=2, num_groups=2, order=torch.arange(8), num_swaps=200
+        given.weights, given.hessians, given.scores, n=1, m=2, num_groups=2, order=torch.arange(8), num_swaps=200
     )
     hessian = layers.statistics[0].hessian
     found, default = (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from permlab.ops.distance import displacement, kendall
 from permlab.ops.schedule import parse
 from permlab.permutation import PermutationSample, Site
-from permlab.sparsity.problem import ChannelProblem
+from permlab.sparsity.search_inputs import SearchInputs
 
 Phase = Literal["warmup", "active", "frozen"]
 
@@ -130,7 +130,7 @@ class Method(nn.Module):
         """The deterministic order used for evaluation."""
         raise NotImplementedError(f"{type(self).__name__} defines no best")
 
-    def search(self, problem: ChannelProblem) -> Int64[Tensor, " n"] | None:
+    def search(self, inputs: SearchInputs) -> Int64[Tensor, " n"] | None:
         """An order found without training, to start from or to keep; None where the method does not search."""
         return None
 

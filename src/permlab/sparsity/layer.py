@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from permlab.sparsity.calibrate import InputStatistics
 from permlab.sparsity.importance import magnitude, ria, saliency, sparsegpt, wanda
 from permlab.sparsity.mask import hard_mask
-from permlab.sparsity.problem import ChannelProblem
+from permlab.sparsity.search_inputs import SearchInputs
 from permlab.sparsity.site import Reader, WeightSite
 
 PRUNERS = ("magnitude", "wanda", "ria", "sparsegpt")
@@ -71,8 +71,8 @@ class SiteLayers:
         lengths = [len(weight) * self.site.repeats for weight in self.weights]
         return [self.site.from_items(part) for part in values.mT.split(lengths)]
 
-    def problem(self, *, n: int, m: int, num_groups: int, seed: int) -> ChannelProblem:
-        """What a search is given; layers with several query heads for a key-value head count as that many."""
+    def search_inputs(self, *, n: int, m: int, num_groups: int, seed: int) -> SearchInputs:
+        """What a search is given; a layer with several query heads for a key-value head counts as that many."""
         weights, hessians = [], []
         for weight, statistics in zip(self.weights, self.statistics, strict=True):
             weights += list(self.site.to_items(weight).chunk(self.site.repeats))
@@ -82,7 +82,7 @@ class SiteLayers:
                 hessians.append(statistics.hessian[index][:, index])
         scores = list(self.scores.mT.split([len(weight) for weight in weights]))
         updates = self.pruner == "sparsegpt"
-        return ChannelProblem(weights, hessians, scores, n, m, num_groups, seed, updates_weights=updates)
+        return SearchInputs(weights, hessians, scores, n, m, num_groups, seed, updates_weights=updates)
 
     def features(self) -> Float[Tensor, "k f"]:
         """Standardised statistics of every channel: its weights', its scores' and its input's."""
@@ -96,9 +96,9 @@ class SiteLayers:
             scores.std(1, correction=0) / scores.mean(1).clamp_min(1e-12),
             (scores > scores.median(0).values).to(scores.dtype).mean(1),
         ]
-        table = torch.stack(columns, dim=-1)
-        assert table.shape[-1] == NUM_FEATURES
-        return (table - table.mean(0)) / table.std(0, correction=0).clamp_min(1e-6)
+        raw = torch.stack(columns, dim=-1)
+        assert raw.shape[-1] == NUM_FEATURES
+        return (raw - raw.mean(0)) / raw.std(0, correction=0).clamp_min(1e-6)
 
     def kept(self, order: Int64[Tensor, " k"], *, n: int, m: int) -> tuple[float, float, float, float]:
         """Sums of scores: kept under the order, under the original one, by the best n/m of every row, and all."""

@@ -224,8 +224,8 @@ class Prune(Task):
 
     def _search(self, name: str) -> None:
         method, layers = self.method[name], self.layers[name]
-        problem = layers.problem(n=self.n, m=self.m, num_groups=self.method.num_groups[name], seed=self.seed)
-        found = method.search(problem)
+        inputs = layers.search_inputs(n=self.n, m=self.m, num_groups=self.method.num_groups[name], seed=self.seed)
+        found = method.search(inputs)
         if found is not None:
             self.method.rebase(name, found)
         self.method.set_features(name, layers.features())
