@@ -101,7 +101,10 @@ class SiteLayers:
         return (raw - raw.mean(0)) / raw.std(0, correction=0).clamp_min(1e-6)
 
     def kept(self, order: Int64[Tensor, " k"], *, n: int, m: int) -> tuple[float, float, float, float]:
-        """Sums of scores: kept under the order, under the original one, by the best n/m of every row, and all."""
+        """Sums of scores: kept under this order, kept under the default one, the n/m highest of every row, and all.
+
+        The first three are the arguments of `permlab.sparsity.quality.efficacy_of_sums`.
+        """
         scores = self.scores.double()
         whole = torch.arange(len(scores), device=scores.device)
         num_kept = round(len(scores) * n / m)

@@ -26,6 +26,7 @@ from permlab.sparsity.calibrate import capture, collect, reconstruction_errors
 from permlab.sparsity.layer import SiteLayers, assemble_weights, dense_rows
 from permlab.sparsity.mask import hard_mask, relaxed_mask, split_sample, straight_through_prune
 from permlab.sparsity.polish import Swappable, polish
+from permlab.sparsity.quality import efficacy_of_sums
 from permlab.sparsity.site import block_names
 from permlab.sparsity.site_methods import SiteMethods
 from permlab.task.base import Task
@@ -485,7 +486,7 @@ class Prune(Task):
             )
         return {
             "prune/retained": kept / total,
-            "prune/efficacy": (kept - default) / max(best - default, 1e-12),
+            "prune/efficacy": efficacy_of_sums(kept, default, best),
             "prune/reconstruction_error": sum(errors.values()) / len(errors),
         }
 
