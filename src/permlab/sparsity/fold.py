@@ -89,6 +89,11 @@ def install_gather(
     setattr(model.get_submodule(parent), leaf, GatheredLinear(linear, input_order, splits=splits))
 
 
+def find_gathers(model: nn.Module) -> dict[str, GatheredLinear]:
+    """The layers of a model that gather their input, by path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GatheredLinear)}
+
+
 @torch.no_grad()
 def fold(model: nn.Module, sites: Sequence[WeightSite], orders: Mapping[str, Tensor]) -> dict[str, str]:
     """Bring the readers' columns of every site into its order, the model computing what it did.
