@@ -8,6 +8,7 @@ from torch import Tensor
 
 from permlab.ops.nm import nm_mask
 from permlab.permutation import check_order
+from permlab.sparsity.importance import check_scores
 
 
 def retained(scores: Float[Tensor, "o i"], order: Int64[Tensor, " i"], *, n: int, m: int) -> float:
@@ -34,7 +35,7 @@ def retained(scores: Float[Tensor, "o i"], order: Int64[Tensor, " i"], *, n: int
         >>> retained(torch.tensor([[4.0, 3.0, 2.0, 1.0]]), torch.tensor([0, 2, 1, 3]), n=1, m=2)
         0.7
     """
-    _check_scores(scores)
+    check_scores(scores)
     total = scores.sum(dtype=torch.float64).item()
     kept = _kept(scores, _checked_order(scores, order), n, m)
     return kept / total if total > 0 else 1.0
@@ -66,7 +67,7 @@ def efficacy(scores: Float[Tensor, "o i"], order: Int64[Tensor, " i"], *, n: int
         >>> efficacy(scores, torch.tensor([0, 2, 1, 3]), n=1, m=2)
         1.0
     """
-    _check_scores(scores)
+    check_scores(scores)
     width = scores.shape[1]
     kept = _kept(scores, _checked_order(scores, order), n, m)
     default = _kept(scores, torch.arange(width, device=scores.device), n, m)
@@ -146,17 +147,6 @@ def _checked_order(scores: Tensor, order: Tensor) -> Tensor:
     if order.shape != scores.shape[1:]:
         raise ValueError(f"an order of shape {tuple(order.shape)} does not fit scores of shape {tuple(scores.shape)}")
     return order.to(scores.device)
-
-
-def _check_scores(scores: Tensor) -> None:
-    if not scores.is_floating_point() or scores.ndim != 2 or scores.numel() == 0:
-        raise ValueError(f"scores are a floating-point matrix, got {scores.dtype} of shape {tuple(scores.shape)}")
-    wrong = ~(torch.isfinite(scores) & (scores >= 0))
-    if wrong.any():
-        position = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"the score at {position} is {scores[tuple(position)].item()}: neither 0 nor a positive number"
-        )
 
 
 def _check_layer(weight: Tensor, pruned: Tensor, hessian: Tensor) -> None:
