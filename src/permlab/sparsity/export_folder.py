@@ -21,7 +21,7 @@ from permlab.rundir import checksums, sync
 from permlab.sparsity.fold import find_gathers, fold, install_gather
 from permlab.sparsity.pattern import Pattern, read_patterns, verify_pattern
 from permlab.sparsity.run_model import run_model, widen
-from permlab.sparsity.site import WeightSite
+from permlab.sparsity.weight_site import WeightSite
 
 MODEL, PERMUTATION, SPARSITY, CONFIG = "model.safetensors", "permutation.safetensors", "sparsity.json", "config.json"
 SUMS = "SHA256SUMS"  # as sha256sum --check reads them

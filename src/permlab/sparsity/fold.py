@@ -8,7 +8,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from permlab.permutation import check_order
-from permlab.sparsity.site import Move, WeightSite
+from permlab.sparsity.weight_site import Move, WeightSite
 
 # Module path and, for each stretch of its rows, the first row, the one after the last, and the order of the columns.
 _Gathers = dict[str, list[tuple[int, int, Tensor]]]

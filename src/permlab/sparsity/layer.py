@@ -11,7 +11,7 @@ from permlab.sparsity.calibrate import InputStatistics
 from permlab.sparsity.importance import magnitude, ria, saliency, sparsegpt, wanda
 from permlab.sparsity.mask import hard_mask
 from permlab.sparsity.search_inputs import SearchInputs
-from permlab.sparsity.site import Reader, WeightSite
+from permlab.sparsity.weight_site import Reader, WeightSite
 
 PRUNERS = ("magnitude", "wanda", "ria", "sparsegpt")
 # Statistics of a channel that a cost network or a scorer may read.

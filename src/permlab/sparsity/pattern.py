@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from permlab.sparsity.site import WeightSite
+from permlab.sparsity.weight_site import WeightSite
 
 # n, m and, where only some rows of the tensor are pruned, their half-open ranges as `rows`.
 Pattern = Mapping[str, Any]
