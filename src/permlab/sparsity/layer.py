@@ -85,7 +85,7 @@ class SiteLayers:
         return SearchInputs(weights, hessians, scores, n, m, num_groups, seed, updates_weights=updates)
 
     def features(self) -> Float[Tensor, "k f"]:
-        """Standardised statistics of every channel: its weights', its scores' and its input's."""
+        """Statistics of every channel's weights, scores and input, standardised over the channels."""
         size, scores = self.items.abs(), self.scores
         norm = torch.stack([self.site.to_items(s.norm.unsqueeze(0)).mean(0) for s in self.statistics]).mean(0)
         columns = [

@@ -33,7 +33,7 @@ def deal_and_match(
 
     Channels are dealt like cards, in the order of their summed scores, to and fro over the blocks
     of m. Then, for one slot after the other, the channels in this slot of all blocks are taken out
-    and put back where they retain most together. It never retains less than the dealt order.
+    and put back where they retain most together. The result never retains less than the dealt order.
 
     Shapes:
         o: outputs.  i: input channels, a multiple of num_groups * m.
@@ -84,7 +84,7 @@ def swap_search(
     In a round every block gives up one channel, at random, and these channels are put back where
     they retain most together. Rounds are repeated until they gain little; then further rounds are
     made with noise on what is compared, which fades away (annealing); then single swaps are made
-    while one gains. The best order met is returned: never worse than the start, nor than what
+    while one gains. The best order met is returned. It is never worse than the start, nor than what
     the rounds before the first noise reach.
 
     Without a budget the result depends on the arguments only (and on how the processor rounds sums),

@@ -41,8 +41,8 @@ class Move:
 class WeightSite:
     """Input channels that are permuted together, and how the permutation is carried out.
 
-    With `moves`, the order is folded into the weights and the model computes what it did. Without, the
-    channels are gathered in front of each reader at run time.
+    A site with `moves` has its order folded into the weights, and the model computes what it did. A site
+    without has its channels gathered in front of each reader at run time.
 
     In grouped-query attention several query heads read the values of one key-value head. An item is then a
     channel of a key-value head, and stands for `repeats` columns of the readers. Groups of m consecutive
@@ -50,7 +50,7 @@ class WeightSite:
 
     Args:
         name: path of the block and kind, as in `blocks.0.mlp.fc2`.
-        kind: the part after the block.
+        kind: name of the site within its block, as in `mlp.fc2`; the same in all blocks.
         readers: layers that read the channels.
         num_items: what the order permutes: the readers' input width over `repeats`.
         moves: parameters that move along; empty if the order cannot be folded.
@@ -69,8 +69,10 @@ class WeightSite:
     optional: bool = False
 
     def to_items(self, weight: Float[Tensor, "o i"]) -> Float[Tensor, "r k"]:
-        """Rows of a reader as rows over items: all rows for the first query head of each group, then the next.
+        """Bring the columns of a reader's weight, or of its scores, into the layout of items.
 
+        Returns:
+            All rows with the columns of every first query head, then all rows with those of every second, and so on.
         Raises:
             ValueError: if the weight's width is not that of the readers.
         """
@@ -79,7 +81,7 @@ class WeightSite:
         return heads.permute(2, 0, 1, 3).flatten(2).flatten(0, 1)
 
     def from_items(self, weight: Float[Tensor, "r k"]) -> Float[Tensor, "o i"]:
-        """Inverse of `to_items`."""
+        """Undo `to_items`."""
         self._check_width(weight.shape[1], self.num_items)
         heads = weight.unflatten(1, (self.num_heads, -1)).unflatten(0, (self.repeats, -1))
         return heads.permute(1, 2, 0, 3).flatten(1)
