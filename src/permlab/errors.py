@@ -1,4 +1,4 @@
-"""Errors that end a run with one line and an exit code instead of a traceback."""
+"""Errors that end a run with one line and an exit code instead of a traceback, and what they suggest."""
 
 import difflib
 import errno

@@ -27,7 +27,7 @@ from permlab.errors import ConfigError
 from permlab.method.base import Method
 from permlab.option import choices, matches
 from permlab.permutation import PermutationSample, Site, invert, order_to_matrix, permute
-from permlab.sparsity.problem import ChannelProblem
+from permlab.sparsity.search_inputs import SearchInputs
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 PRESETS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
@@ -525,12 +525,12 @@ def trace(preset: str, changes: dict[str, Any]) -> list[Any]:
 
 
 @functools.cache
-def channels() -> ChannelProblem:
+def channels() -> SearchInputs:
     """Something to search, large enough that no search is done at once."""
     weight, inputs = torch.randn(32, 64, generator=seeded(1)), torch.randn(96, 64, generator=seeded(2))
     hessian = inputs.T @ inputs
     scores = weight.abs() * hessian.diagonal().sqrt()
-    return ChannelProblem([weight], [hessian], [scores], n=2, m=4)
+    return SearchInputs([weight], [hessian], [scores], n=2, m=4)
 
 
 def variations(value: Any, type_: Any) -> list[Any]:
@@ -593,22 +593,22 @@ SEARCHES = [preset for preset in PRESETS if make(preset, 6).search(channels()) i
 @pytest.mark.parametrize("num_groups", [1, 4])
 @pytest.mark.parametrize("preset", SEARCHES)
 def test_a_search_finds_a_better_order_and_the_same_one_again(preset, num_groups):
-    problem = replace(channels(), num_groups=num_groups)
-    found = make(preset, 6).search(problem)
+    inputs = replace(channels(), num_groups=num_groups)
+    found = make(preset, 6).search(inputs)
     assert sorted(found.tolist()) == list(range(64))
     assert (found // (64 // num_groups)).tolist() == (torch.arange(64) // (64 // num_groups)).tolist()
-    assert torch.equal(found, make(preset, 6).search(problem))
-    scores = problem.scores[0].numpy()
+    assert torch.equal(found, make(preset, 6).search(inputs))
+    scores = inputs.scores[0].numpy()
 
     def kept(order):
         return sum(sum(sorted(row[order[i : i + 4]])[-2:]) for row in scores for i in range(0, 64, 4))
 
     def lost(order):
-        weight = problem.weights[0].clone()
-        for row, score in zip(weight, problem.scores[0], strict=True):
+        weight = inputs.weights[0].clone()
+        for row, score in zip(weight, inputs.scores[0], strict=True):
             for block in order.view(-1, 4):
                 row[block[score[block].argsort(descending=True)[:2]]] = 0
-        return torch.einsum("oi,ij,oj->", weight, problem.hessians[0], weight)
+        return torch.einsum("oi,ij,oj->", weight, inputs.hessians[0], weight)
 
     assert lost(found) < lost(torch.arange(64)) or kept(found) > kept(torch.arange(64))
 

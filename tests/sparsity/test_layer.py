@@ -1,5 +1,7 @@
 """The tensors of a site: layouts, what a search is given, and what pruning under an order makes."""
 
+import math
+
 import pytest
 import torch
 from tiny_models import BUILDERS, inputs_of, random_order, tiny
@@ -9,7 +11,7 @@ from permlab.ops.nm import nm_mask
 from permlab.sparsity.calibrate import InputStatistics, collect
 from permlab.sparsity.importance import magnitude, ria, saliency, sparsegpt, wanda
 from permlab.sparsity.layer import NUM_FEATURES, PRUNERS, SiteLayers, assemble_weights, dense_rows
-from permlab.sparsity.quality import efficacy, reconstruction_error, retained
+from permlab.sparsity.quality import efficacy, efficacy_of_sums, reconstruction_error, retained
 from permlab.sparsity.search import reconstruction_search
 from permlab.sparsity.site import Reader, WeightSite, read_sites
 
@@ -105,7 +107,7 @@ def error_of(removed: Tensor, hessian: Tensor) -> float:
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_the_parts_of_a_problem_add_up_to_the_layer(repeats: int) -> None:
+def test_the_parts_that_a_search_is_given_add_up_to_the_layer(repeats: int) -> None:
     if repeats == 3:
         layers = grouped_query()
     else:
@@ -114,13 +116,13 @@ def test_the_parts_of_a_problem_add_up_to_the_layer(repeats: int) -> None:
         statistics = InputStatistics(inputs.mT @ inputs, 30)
         weights = [torch.randn(5, 8).double(), torch.randn(3, 8).double()]
         layers = SiteLayers(site, weights, [statistics] * 2, **OPTIONS)
-    problem = layers.problem(n=2, m=4, num_groups=2, seed=7)
-    assert (problem.n, problem.m, problem.num_groups, problem.seed) == (2, 4, 2, 7)
-    assert len(problem.weights) == len(problem.hessians) == len(problem.scores) == (3 if repeats == 3 else 2)
-    assert torch.equal(problem.joint_scores(), layers.scores.mT)
+    given = layers.search_inputs(n=2, m=4, num_groups=2, seed=7)
+    assert (given.n, given.m, given.num_groups, given.seed) == (2, 4, 2, 7)
+    assert len(given.weights) == len(given.hessians) == len(given.scores) == (3 if repeats == 3 else 2)
+    assert torch.equal(given.joint_scores(), layers.scores.mT)
     order = torch.cat([torch.randperm(4), 4 + torch.randperm(4)])
     parts = 0.0
-    for weight, hessian, scores in zip(problem.weights, problem.hessians, problem.scores, strict=True):
+    for weight, hessian, scores in zip(given.weights, given.hessians, given.scores, strict=True):
         mask = torch.zeros_like(weight)
         mask[:, order] = nm_mask(scores[:, order], n=2, m=4).double()
         parts += error_of(weight * (1 - mask), hessian)
@@ -132,15 +134,15 @@ def test_the_parts_of_a_problem_add_up_to_the_layer(repeats: int) -> None:
     assert parts == pytest.approx(whole, rel=1e-9)
 
 
-def test_a_search_on_the_problem_lowers_the_real_error() -> None:
+def test_a_search_lowers_the_real_error() -> None:
     layers = grouped_query()
-    problem = layers.problem(n=2, m=4, num_groups=2, seed=0)
+    given = layers.search_inputs(n=2, m=4, num_groups=2, seed=0)
     order = reconstruction_search(
-        problem.weights, problem.hessians, problem.scores, n=2, m=4, num_groups=2, order=torch.arange(8), num_swaps=50
+        given.weights, given.hessians, given.scores, n=2, m=4, num_groups=2, order=torch.arange(8), num_swaps=50
     )
     assert torch.equal(order, torch.arange(8)), "a head of one block has nothing to exchange"
     order = reconstruction_search(
-        problem.weights, problem.hessians, problem.scores, n=1, m=2, num_groups=2, order=torch.arange(8), num_swaps=200
+        given.weights, given.hessians, given.scores, n=1, m=2, num_groups=2, order=torch.arange(8), num_swaps=200
     )
     hessian = layers.statistics[0].hessian
     found, default = (
@@ -200,6 +202,37 @@ def test_kept_are_the_sums_behind_retained_and_efficacy(n: int, m: int) -> None:
     assert kept / total == pytest.approx(retained(scores, order, n=n, m=m), rel=1e-12)
     assert default / total == pytest.approx(retained(scores, torch.arange(16), n=n, m=m), rel=1e-12)
     assert (kept - default) / (best - default) == pytest.approx(efficacy(scores, order, n=n, m=m), rel=1e-9)
+
+
+# The best half of every row: two of every four columns, and the first four, which the third order below spreads.
+AT_THE_BOUND = torch.tensor([[9.0, 8, 0.5, 0.25, 7, 6, 0.75, 0.5], [7.0, 9, 0.1, 0.3, 8, 5, 0.2, 0.1]]).double()
+MIXED = torch.tensor([[9.0, 8, 7, 6, 0.5, 0.25, 0.75, 0.5], [7.0, 9, 5, 8, 0.1, 0.2, 0.3, 0.1]]).double()
+EQUAL, ACROSS, DEFAULT = [1, 3, 0, 2, 6, 4, 5, 7], [0, 1, 4, 5, 2, 3, 6, 7], list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("weight", "order", "expected"),
+    [
+        (AT_THE_BOUND, DEFAULT, 1.0),
+        (AT_THE_BOUND, EQUAL, 1.0),
+        (AT_THE_BOUND, ACROSS, -math.inf),
+        (torch.zeros(2, 8).double(), ACROSS, 1.0),
+        (MIXED, DEFAULT, 0.0),
+        (MIXED, ACROSS, 1.0),
+        (MIXED, [0, 4, 5, 6, 1, 2, 3, 7], None),
+    ],
+)
+def test_efficacy_of_a_run_is_that_of_its_scores(weight: Tensor, order: list[int], expected: float | None) -> None:
+    """A run adds up the sums of its sites; the same scores, one below the other, have the same efficacy."""
+    statistics = InputStatistics(torch.eye(8).double(), 8)
+    sites = [WeightSite(name, name, (Reader(name, None),), num_items=8, moves=()) for name in "ab"]
+    layers = [SiteLayers(site, [weight * (2 if site.name == "b" else 1)], [statistics], **OPTIONS) for site in sites]
+    sums = [part.kept(torch.tensor(order), n=2, m=4) for part in layers]
+    kept, default, bound, _ = map(sum, zip(*sums, strict=True))
+    found = efficacy_of_sums(kept, default, bound)
+    assert found == pytest.approx(efficacy(torch.cat([x.scores.mT for x in layers]), torch.tensor(order), n=2, m=4))
+    if expected is not None:
+        assert found == pytest.approx(expected)
 
 
 def test_features_are_standardised_statistics_of_the_channels() -> None:

@@ -58,7 +58,7 @@ class Quadratic:
         return sum(float(d.square().sum()) for d in difference.values()), {n: 2 * d for n, d in difference.items()}
 
 
-def problem(seed: int = 0, *, num_groups: int = 1) -> tuple[dict[str, Swappable], Orders, Quadratic]:
+def quadratic_sites(seed: int = 0, *, num_groups: int = 1) -> tuple[dict[str, Swappable], Orders, Quadratic]:
     """Two sites whose targets are what they are pruned to under hidden orders that respect the groups."""
     generator = torch.Generator().manual_seed(seed)
     sites, targets, start = {}, {}, {}
@@ -73,7 +73,7 @@ def problem(seed: int = 0, *, num_groups: int = 1) -> tuple[dict[str, Swappable]
 
 
 def test_the_loss_never_rises_and_is_that_of_the_result() -> None:
-    sites, start, loss = problem()
+    sites, start, loss = quadratic_sites()
     orders, losses = polish(sites, start, loss, n=2, m=4, num_steps=40, num_proposals=64)
     assert all(later <= earlier for earlier, later in itertools.pairwise(losses))
     assert losses[-1] < 0.5 * losses[0]
@@ -86,7 +86,7 @@ def test_the_loss_never_rises_and_is_that_of_the_result() -> None:
 
 
 def test_a_loss_that_only_rises_leaves_the_start() -> None:
-    sites, start, quadratic = problem()
+    sites, start, quadratic = quadratic_sites()
     calls = itertools.count()
 
     def rising(orders: Orders) -> tuple[float, dict[str, Tensor]]:
@@ -98,7 +98,7 @@ def test_a_loss_that_only_rises_leaves_the_start() -> None:
 
 
 def test_a_loss_that_is_not_a_number_is_not_accepted() -> None:
-    sites, start, quadratic = problem()
+    sites, start, quadratic = quadratic_sites()
     calls = itertools.count()
 
     def broken(orders: Orders) -> tuple[float, dict[str, Tensor]]:
@@ -126,7 +126,7 @@ def test_a_planted_swap_is_found() -> None:
 
 @pytest.mark.parametrize("num_groups", [2, 4])
 def test_no_channel_leaves_its_group(num_groups: int) -> None:
-    sites, start, loss = problem(num_groups=2)
+    sites, start, loss = quadratic_sites(num_groups=2)
     sites = {name: Swappable(site.weights, site.scores, num_groups) for name, site in sites.items()}
     sites["b"] = Swappable(sites["b"].weights, sites["b"].scores, 2)
     orders, losses = polish(sites, start, loss, n=2, m=4, num_steps=20)
@@ -139,7 +139,7 @@ def test_no_channel_leaves_its_group(num_groups: int) -> None:
 
 
 def test_the_result_depends_on_the_seed_and_on_nothing_else() -> None:
-    sites, start, loss = problem()
+    sites, start, loss = quadratic_sites()
     options = {"n": 2, "m": 4, "num_steps": 5, "num_proposals": 16}
     first, again, other = (polish(sites, start, loss, **options, seed=seed) for seed in (3, 3, 4))
     torch.rand(7)
@@ -149,7 +149,7 @@ def test_the_result_depends_on_the_seed_and_on_nothing_else() -> None:
 
 
 def test_no_steps_give_the_start_and_the_given_orders_are_left_alone() -> None:
-    sites, start, loss = problem()
+    sites, start, loss = quadratic_sites()
     orders, losses = polish(sites, start, loss, n=2, m=4, num_steps=0)
     assert len(losses) == 1
     assert all(torch.equal(orders[name], start[name]) for name in start)
@@ -158,7 +158,7 @@ def test_no_steps_give_the_start_and_the_given_orders_are_left_alone() -> None:
 
 
 def test_every_set_of_swaps_touches_a_block_once() -> None:
-    sites, start, loss = problem()
+    sites, start, loss = quadratic_sites()
     polish(sites, start, loss, n=2, m=4, num_steps=1)
     before, after = loss.asked
     moved = {name: (before[name] != after[name]).view(-1, 4).sum(1) for name in before}
@@ -167,7 +167,7 @@ def test_every_set_of_swaps_touches_a_block_once() -> None:
 
 
 def test_a_refused_swap_is_not_tried_again() -> None:
-    sites, start, quadratic = problem()
+    sites, start, quadratic = quadratic_sites()
     calls = itertools.count()
 
     def rising(orders: Orders) -> tuple[float, dict[str, Tensor]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from permlab.ops.distance import displacement, kendall
 from permlab.ops.schedule import parse
 from permlab.permutation import PermutationSample, Site
-from permlab.sparsity.problem import ChannelProblem
+from permlab.sparsity.search_inputs import SearchInputs
 
 Phase = Literal["warmup", "active", "frozen"]
 
@@ -137,7 +137,7 @@ class Method(nn.Module):
         """The deterministic order by name of its site; none where every input has an order of its own."""
         return {} if self.needs_items else {self.site.name: self.best()}
 
-    def search(self, problem: ChannelProblem) -> Int64[Tensor, " n"] | None:
+    def search(self, inputs: SearchInputs) -> Int64[Tensor, " n"] | None:
         """An order found without training, to start from or to keep; None where the method does not search."""
         return None
 

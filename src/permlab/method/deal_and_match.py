@@ -8,8 +8,8 @@ from torch import Tensor
 from permlab.method.fixed import Fixed
 from permlab.option import PositiveInt
 from permlab.permutation import Site
-from permlab.sparsity.problem import ChannelProblem
 from permlab.sparsity.search import deal_and_match
+from permlab.sparsity.search_inputs import SearchInputs
 
 
 class DealAndMatch(Fixed):
@@ -27,11 +27,11 @@ class DealAndMatch(Fixed):
         super().__init__(site)
         self.num_sweeps = num_sweeps
 
-    def search(self, problem: ChannelProblem) -> Int64[Tensor, " n"]:
+    def search(self, inputs: SearchInputs) -> Int64[Tensor, " n"]:
         return deal_and_match(
-            problem.joint_scores(),
-            n=problem.n,
-            m=problem.m,
-            num_groups=problem.num_groups,
+            inputs.joint_scores(),
+            n=inputs.n,
+            m=inputs.m,
+            num_groups=inputs.num_groups,
             num_sweeps=self.num_sweeps,
         )

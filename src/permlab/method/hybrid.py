@@ -17,8 +17,8 @@ from permlab.option import (
     Temperature,
 )
 from permlab.permutation import Site
-from permlab.sparsity.problem import ChannelProblem
 from permlab.sparsity.search import deal_and_match, swap_search
+from permlab.sparsity.search_inputs import SearchInputs
 
 
 class Hybrid(Sinkhorn):
@@ -88,15 +88,15 @@ class Hybrid(Sinkhorn):
         )
         self.search_name, self.num_search_swaps, self.num_polish_steps = search, num_search_swaps, num_polish_steps
 
-    def search(self, problem: ChannelProblem) -> Int64[Tensor, " n"] | None:
-        scores, n, m, num_groups = problem.joint_scores(), problem.n, problem.m, problem.num_groups
+    def search(self, inputs: SearchInputs) -> Int64[Tensor, " n"] | None:
+        scores, n, m, num_groups = inputs.joint_scores(), inputs.n, inputs.m, inputs.num_groups
         name = self.search_name
         if name == "auto":
-            name = "deal_and_match" if problem.updates_weights else "reconstruction_search"
+            name = "deal_and_match" if inputs.updates_weights else "reconstruction_search"
         if name == "deal_and_match":
             return deal_and_match(scores, n=n, m=m, num_groups=num_groups)
         if name == "swap_search":
-            return swap_search(scores, n=n, m=m, num_groups=num_groups, seed=problem.seed)
+            return swap_search(scores, n=n, m=m, num_groups=num_groups, seed=inputs.seed)
         if name == "reconstruction_search":
-            return search_reconstruction(problem, num_swaps=self.num_search_swaps)
+            return search_reconstruction(inputs, num_swaps=self.num_search_swaps)
         return None

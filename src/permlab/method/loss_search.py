@@ -9,7 +9,7 @@ from permlab.method.fixed import Fixed
 from permlab.method.reconstruction_search import search_reconstruction
 from permlab.option import PositiveInt
 from permlab.permutation import Site
-from permlab.sparsity.problem import ChannelProblem
+from permlab.sparsity.search_inputs import SearchInputs
 
 
 class LossSearch(Fixed):
@@ -28,5 +28,5 @@ class LossSearch(Fixed):
         super().__init__(site)
         self.num_search_swaps, self.num_polish_steps = num_search_swaps, num_polish_steps
 
-    def search(self, problem: ChannelProblem) -> Int64[Tensor, " n"]:
-        return search_reconstruction(problem, num_swaps=self.num_search_swaps)
+    def search(self, inputs: SearchInputs) -> Int64[Tensor, " n"]:
+        return search_reconstruction(inputs, num_swaps=self.num_search_swaps)

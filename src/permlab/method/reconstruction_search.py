@@ -8,8 +8,8 @@ from torch import Tensor
 from permlab.method.fixed import Fixed
 from permlab.option import PositiveInt
 from permlab.permutation import Site
-from permlab.sparsity.problem import ChannelProblem
 from permlab.sparsity.search import reconstruction_search
+from permlab.sparsity.search_inputs import SearchInputs
 
 
 class ReconstructionSearch(Fixed):
@@ -27,19 +27,19 @@ class ReconstructionSearch(Fixed):
         super().__init__(site)
         self.num_swaps = num_swaps
 
-    def search(self, problem: ChannelProblem) -> Int64[Tensor, " n"]:
-        return search_reconstruction(problem, num_swaps=self.num_swaps)
+    def search(self, inputs: SearchInputs) -> Int64[Tensor, " n"]:
+        return search_reconstruction(inputs, num_swaps=self.num_swaps)
 
 
-def search_reconstruction(problem: ChannelProblem, *, num_swaps: int) -> Int64[Tensor, " n"]:
-    """`reconstruction_search` on a problem; at least as good as its start on the layers' error."""
+def search_reconstruction(inputs: SearchInputs, *, num_swaps: int) -> Int64[Tensor, " n"]:
+    """`reconstruction_search` on what a method is given; at least as good as its start on the layers' error."""
     return reconstruction_search(
-        list(problem.weights),
-        list(problem.hessians),
-        list(problem.scores),
-        n=problem.n,
-        m=problem.m,
-        num_groups=problem.num_groups,
+        list(inputs.weights),
+        list(inputs.hessians),
+        list(inputs.scores),
+        n=inputs.n,
+        m=inputs.m,
+        num_groups=inputs.num_groups,
         num_swaps=num_swaps,
-        seed=problem.seed,
+        seed=inputs.seed,
     )

@@ -8,8 +8,8 @@ from torch import Tensor
 from permlab.method.fixed import Fixed
 from permlab.option import PositiveFloat
 from permlab.permutation import Site
-from permlab.sparsity.problem import ChannelProblem
 from permlab.sparsity.search import swap_search
+from permlab.sparsity.search_inputs import SearchInputs
 
 
 class SwapSearch(Fixed):
@@ -27,12 +27,12 @@ class SwapSearch(Fixed):
         super().__init__(site)
         self.budget_s = budget_s
 
-    def search(self, problem: ChannelProblem) -> Int64[Tensor, " n"]:
+    def search(self, inputs: SearchInputs) -> Int64[Tensor, " n"]:
         return swap_search(
-            problem.joint_scores(),
-            n=problem.n,
-            m=problem.m,
-            num_groups=problem.num_groups,
-            seed=problem.seed,
+            inputs.joint_scores(),
+            n=inputs.n,
+            m=inputs.m,
+            num_groups=inputs.num_groups,
+            seed=inputs.seed,
             budget_s=self.budget_s,
         )

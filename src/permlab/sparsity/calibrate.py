@@ -81,7 +81,7 @@ def reconstruction_errors(
 ) -> dict[str, float]:
     """Relative error of each layer's output with other weights, on the inputs that the model gives it.
 
-    `||X (W - W')^T|| / ||X W^T||` over all tokens of the batches, bias left out.
+    The error is `||X (W - W')^T|| / ||X W^T||` over all tokens of the batches, without the bias.
 
     Args:
         forward: runs the dense model on a batch.
@@ -118,9 +118,9 @@ def _on_inputs(modules: Mapping[str, nn.Module], act: Callable[[str, nn.Module, 
 
 @contextmanager
 def capture(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Outputs of these modules in the forward passes made inside, the last call's, by name.
+    """Keep the latest output of each of these modules, by name, from the forward passes made inside.
 
-    Of a module that returns several tensors, the first.
+    A module that returns several tensors is kept with the first of them.
     """
     outputs: dict[str, Tensor] = {}
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from permlab.permutation import check_order
-from permlab.sparsity.site import Move, WeightSite
+from permlab.sparsity.weight_site import Move, WeightSite
 
 # Module path and, for each stretch of its rows, the first row, the one after the last, and the order of the columns.
 _Gathers = dict[str, list[tuple[int, int, Tensor]]]
@@ -87,6 +87,11 @@ def install_gather(
     if type(linear) is not nn.Linear:
         raise ValueError(f"{path} is a {type(linear).__name__}; only a plain Linear can be given a gather")
     setattr(model.get_submodule(parent), leaf, GatheredLinear(linear, input_order, splits=splits))
+
+
+def find_gathers(model: nn.Module) -> dict[str, GatheredLinear]:
+    """The layers of a model that gather their input, by path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GatheredLinear)}
 
 
 @torch.no_grad()

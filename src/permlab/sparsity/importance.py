@@ -1,4 +1,6 @@
-"""Importance of every weight of a linear layer, and pruning that updates what it keeps."""
+"""Importance of every weight of a linear layer, its score, and pruning that updates what it keeps."""
+
+import math
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -182,6 +184,24 @@ def sparsegpt(
     mask = torch.empty_like(keep).index_copy_(0, order, keep).mT.contiguous()
     pruned = torch.empty_like(channels).index_copy_(0, order, channels * keep).mT
     return _narrow(pruned, W.dtype).contiguous(), mask
+
+
+def check_scores(scores: Float[Tensor, "o i"]) -> None:
+    """Refuse what is no importance of the weights of a layer.
+
+    Raises:
+        ValueError: if it is no floating-point matrix, has no entries, or one is negative or not finite; the
+            first such entry is named.
+    Cost: no memory, unless an entry is to be named.
+    """
+    if not scores.is_floating_point() or scores.ndim != 2 or scores.numel() == 0:
+        raise ValueError(f"scores are a floating-point matrix, got {scores.dtype} of shape {tuple(scores.shape)}")
+    # A minimum or maximum is NaN where a score is.
+    low, high = scores.amin(), scores.amax()
+    if not (low >= 0 and high < math.inf):
+        position = (~((scores >= 0) & (scores < math.inf))).nonzero()[0].tolist()
+        value = scores[tuple(position)].item()
+        raise ValueError(f"the score at {position} is {value}: neither 0 nor a positive number")
 
 
 def _prune_channels(channels: Tensor, factor: Tensor, dead: Tensor, n: int, m: int) -> Tensor:

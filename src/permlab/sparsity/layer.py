@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from permlab.sparsity.calibrate import InputStatistics
 from permlab.sparsity.importance import magnitude, ria, saliency, sparsegpt, wanda
 from permlab.sparsity.mask import hard_mask
-from permlab.sparsity.problem import ChannelProblem
-from permlab.sparsity.site import Reader, WeightSite
+from permlab.sparsity.search_inputs import SearchInputs
+from permlab.sparsity.weight_site import Reader, WeightSite
 
 PRUNERS = ("magnitude", "wanda", "ria", "sparsegpt")
 # Statistics of a channel that a cost network or a scorer may read.
@@ -71,8 +71,8 @@ class SiteLayers:
         lengths = [len(weight) * self.site.repeats for weight in self.weights]
         return [self.site.from_items(part) for part in values.mT.split(lengths)]
 
-    def problem(self, *, n: int, m: int, num_groups: int, seed: int) -> ChannelProblem:
-        """What a search is given; layers with several query heads for a key-value head count as that many."""
+    def search_inputs(self, *, n: int, m: int, num_groups: int, seed: int) -> SearchInputs:
+        """What a search is given; a layer with several query heads for a key-value head counts as that many."""
         weights, hessians = [], []
         for weight, statistics in zip(self.weights, self.statistics, strict=True):
             weights += list(self.site.to_items(weight).chunk(self.site.repeats))
@@ -82,10 +82,10 @@ class SiteLayers:
                 hessians.append(statistics.hessian[index][:, index])
         scores = list(self.scores.mT.split([len(weight) for weight in weights]))
         updates = self.pruner == "sparsegpt"
-        return ChannelProblem(weights, hessians, scores, n, m, num_groups, seed, updates_weights=updates)
+        return SearchInputs(weights, hessians, scores, n, m, num_groups, seed, updates_weights=updates)
 
     def features(self) -> Float[Tensor, "k f"]:
-        """Standardised statistics of every channel: its weights', its scores' and its input's."""
+        """Statistics of every channel's weights, scores and input, standardised over the channels."""
         size, scores = self.items.abs(), self.scores
         norm = torch.stack([self.site.to_items(s.norm.unsqueeze(0)).mean(0) for s in self.statistics]).mean(0)
         columns = [
@@ -96,12 +96,15 @@ class SiteLayers:
             scores.std(1, correction=0) / scores.mean(1).clamp_min(1e-12),
             (scores > scores.median(0).values).to(scores.dtype).mean(1),
         ]
-        table = torch.stack(columns, dim=-1)
-        assert table.shape[-1] == NUM_FEATURES
-        return (table - table.mean(0)) / table.std(0, correction=0).clamp_min(1e-6)
+        raw = torch.stack(columns, dim=-1)
+        assert raw.shape[-1] == NUM_FEATURES
+        return (raw - raw.mean(0)) / raw.std(0, correction=0).clamp_min(1e-6)
 
     def kept(self, order: Int64[Tensor, " k"], *, n: int, m: int) -> tuple[float, float, float, float]:
-        """Sums of scores: kept under the order, under the original one, by the best n/m of every row, and all."""
+        """Sums of scores: kept under this order, kept under the default one, the n/m highest of every row, and all.
+
+        The first three are the arguments of `permlab.sparsity.quality.efficacy_of_sums`.
+        """
         scores = self.scores.double()
         whole = torch.arange(len(scores), device=scores.device)
         num_kept = round(len(scores) * n / m)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from permlab.ops.nm import nm_mask
 from permlab.permutation import check_order
+from permlab.sparsity.importance import check_scores
 
 
 def retained(scores: Float[Tensor, "o i"], order: Int64[Tensor, " i"], *, n: int, m: int) -> float:
@@ -34,17 +35,18 @@ def retained(scores: Float[Tensor, "o i"], order: Int64[Tensor, " i"], *, n: int
         >>> retained(torch.tensor([[4.0, 3.0, 2.0, 1.0]]), torch.tensor([0, 2, 1, 3]), n=1, m=2)
         0.7
     """
-    _check_scores(scores)
+    check_scores(scores)
     total = scores.sum(dtype=torch.float64).item()
     kept = _kept(scores, _checked_order(scores, order), n, m)
     return kept / total if total > 0 else 1.0
 
 
 def efficacy(scores: Float[Tensor, "o i"], order: Int64[Tensor, " i"], *, n: int, m: int) -> float:
-    """Share of what any channel order could gain that this one does gain.
+    """Share of what the best imaginable channel order would gain over the default that this one does gain.
 
-    0 is the default order and 1 is every row keeping its n/m highest scores wherever they are,
-    which bounds all orders and may be out of reach. An order worse than the default is negative.
+    0 is the default order, in which the channels come. 1 is every row keeping its n/m highest scores
+    wherever they are, which bounds all orders and may be out of reach. An order that keeps less than
+    the default is negative.
 
     Shapes:
         o: outputs.  i: input channels, a multiple of m.
@@ -54,8 +56,7 @@ def efficacy(scores: Float[Tensor, "o i"], order: Int64[Tensor, " i"], *, n: int
         n: entries kept of every m, at least 1 and below m.
         m: length of a group, divides the channels.
     Returns:
-        A number up to 1. Where the default order already reaches the bound: 1 if the order does,
-        minus infinity if it does not.
+        A number up to 1, see `efficacy_of_sums`.
     Raises:
         ValueError: as for `retained`.
     Source: Pool & Yu 2021, Channel permutations for N:M sparsity (NeurIPS), efficacy.
@@ -66,11 +67,28 @@ def efficacy(scores: Float[Tensor, "o i"], order: Int64[Tensor, " i"], *, n: int
         >>> efficacy(scores, torch.tensor([0, 2, 1, 3]), n=1, m=2)
         1.0
     """
-    _check_scores(scores)
+    check_scores(scores)
     width = scores.shape[1]
     kept = _kept(scores, _checked_order(scores, order), n, m)
     default = _kept(scores, torch.arange(width, device=scores.device), n, m)
     bound = scores.topk(width // m * n, dim=1, sorted=False).values.sum(dtype=torch.float64).item()
+    return efficacy_of_sums(kept, default, bound)
+
+
+def efficacy_of_sums(kept: float, default: float, bound: float) -> float:
+    """Efficacy of an order, or of the orders of several layers together, from sums of scores.
+
+    Args:
+        kept: under the order.
+        default: under the default order.
+        bound: of what every row's n/m highest scores add up to.
+    Returns:
+        `(kept - default) / (bound - default)`. Where the default order reaches the bound, up to the rounding
+        of sums in float64: 1 if the order does too, minus infinity if it does not.
+    Example:
+        >>> efficacy_of_sums(kept=7.0, default=6.0, bound=8.0)
+        0.5
+    """
     # The same scores summed in another order differ by rounding, which is no room for a gain.
     rounding = 1e-12 * bound
     if bound - default <= rounding:
@@ -129,17 +147,6 @@ def _checked_order(scores: Tensor, order: Tensor) -> Tensor:
     if order.shape != scores.shape[1:]:
         raise ValueError(f"an order of shape {tuple(order.shape)} does not fit scores of shape {tuple(scores.shape)}")
     return order.to(scores.device)
-
-
-def _check_scores(scores: Tensor) -> None:
-    if not scores.is_floating_point() or scores.ndim != 2 or scores.numel() == 0:
-        raise ValueError(f"scores are a floating-point matrix, got {scores.dtype} of shape {tuple(scores.shape)}")
-    wrong = ~(torch.isfinite(scores) & (scores >= 0))
-    if wrong.any():
-        position = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"the score at {position} is {scores[tuple(position)].item()}: neither 0 nor a positive number"
-        )
 
 
 def _check_layer(weight: Tensor, pruned: Tensor, hessian: Tensor) -> None:

@@ -72,7 +72,7 @@ def _refresh(scores, order, blocks, n, m, last, first, kept):
 
 @no_type_check
 def _raise_bars(scores, channels, blocks, last, first, bars, own):
-    """bars[i] = the bars of channels[i], which sits in blocks[i]; own[i] = its entry of the table below, with itself.
+    """bars[i] = the bars of channels[i], which sits in blocks[i]; own[i] = what it retains there, as below.
 
     Shapes:
         channels, blocks, own: [k].  bars: [k, row].
@@ -89,15 +89,15 @@ def _raise_bars(scores, channels, blocks, last, first, bars, own):
 
 
 @no_type_check
-def _tabulate(scores, channels, bars, table):
-    """table[i, j] = sum over rows of max(bars[i], scores[channels[j]]): the retained score of i's block, but for
+def _exchange(scores, channels, bars, retained):
+    """retained[i, j] = sum over rows of max(bars[i], scores[channels[j]]): the retained score of i's block, but for
     a number that depends on i only, if channels[j] takes the slot that bars[i] belongs to.
 
     Shapes:
-        bars: [k, row].  channels: [c].  table: [k, c], k and c even.
+        bars: [k, row].  channels: [c].  retained: [k, c], k and c even.
     """
     num_bars, num_rows = bars.shape
-    table[:] = 0
+    retained[:] = 0
     for start in range(0, num_rows, _TILE):
         stop = min(num_rows, start + _TILE)
         for stripe in range(0, channels.shape[0], _STRIPE):
@@ -112,10 +112,10 @@ def _tabulate(scores, channels, bars, table):
                         b += max(bar[r], other_score[r])
                         c += max(other_bar[r], score[r])
                         d += max(other_bar[r], other_score[r])
-                    table[i, j] += a
-                    table[i, j + 1] += b
-                    table[i + 1, j] += c
-                    table[i + 1, j + 1] += d
+                    retained[i, j] += a
+                    retained[i, j + 1] += b
+                    retained[i + 1, j] += c
+                    retained[i + 1, j + 1] += d
 
 
 # Reconstruction
@@ -229,7 +229,7 @@ class Kernels(NamedTuple):
 
     refresh: Callable[..., None]
     raise_bars: Callable[..., None]
-    tabulate: Callable[..., None]
+    exchange: Callable[..., None]
 
 
 @cache
@@ -239,17 +239,17 @@ def retention_kernels() -> Kernels:
     return Kernels(
         refresh=compile_kernel(_refresh, void(wide, indices, indices, int64, int64, wide, wide, sums), _OPTIONS),
         raise_bars=compile_kernel(_raise_bars, void(wide, indices, indices, wide, wide, wide, sums), _OPTIONS),
-        tabulate=compile_kernel(_tabulate, void(wide, indices, wide, single), _OPTIONS),
+        exchange=compile_kernel(_exchange, void(wide, indices, wide, single), _OPTIONS),
     )
 
 
 @cache
 def reconstruction_kernels() -> tuple[Callable[..., None], Callable[..., float]]:
     """`_boundaries` and `_descend`, compiled at the first call."""
-    table, mask, slots, indices = float64[:, ::1], boolean[:, ::1], int16[:, ::1], int64[::1]
-    boundaries = void(table, mask, indices, int64, int64, slots, slots)
+    matrix, mask, slots, indices = float64[:, ::1], boolean[:, ::1], int16[:, ::1], int64[::1]
+    boundaries = void(matrix, mask, indices, int64, int64, slots, slots)
     descend = float64(
-        int64, int64, int64[:, ::1], float64, table, table, mask, indices, int64, indices, float64[:, :, ::1], table,
+        int64, int64, int64[:, ::1], float64, matrix, matrix, mask, indices, int64, indices, float64[:, :, ::1], matrix,
         slots, slots,
     )  # fmt: skip
     return compile_kernel(_boundaries, boundaries, _OPTIONS), compile_kernel(_descend, descend, _OPTIONS)

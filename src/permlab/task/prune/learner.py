@@ -25,6 +25,7 @@ from permlab.sparsity.calibrate import capture, collect, reconstruction_errors
 from permlab.sparsity.layer import SiteLayers, assemble_weights, dense_rows
 from permlab.sparsity.mask import hard_mask, relaxed_mask, split_sample, straight_through_prune
 from permlab.sparsity.polish import Swappable, polish
+from permlab.sparsity.quality import efficacy_of_sums
 from permlab.sparsity.site import block_names
 from permlab.task.learner import Learner, Parts, Result, Summary
 from permlab.task.metric import PERPLEXITY
@@ -151,8 +152,8 @@ class PruneLearner(Learner):
 
     def _search(self, name: str) -> None:
         method, layers = self.method[name], self.layers[name]
-        problem = layers.problem(n=self.n, m=self.m, num_groups=self.method.num_groups[name], seed=self.seed)
-        found = method.search(problem)
+        inputs = layers.search_inputs(n=self.n, m=self.m, num_groups=self.method.num_groups[name], seed=self.seed)
+        found = method.search(inputs)
         if found is not None:
             self.method.rebase(name, found)
         self.method.set_features(name, layers.features())
@@ -411,7 +412,7 @@ class PruneLearner(Learner):
         }
         whole = {
             "prune/retained": kept / total,
-            "prune/efficacy": (kept - default) / max(best - default, 1e-12),
+            "prune/efficacy": efficacy_of_sums(kept, default, best),
             "prune/reconstruction_error": sum(errors.values()) / len(errors),
         }
         return whole, {"sites": by_site}

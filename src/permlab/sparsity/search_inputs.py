@@ -1,4 +1,4 @@
-"""What a search for a channel order is given: weights, their statistics, and the pattern."""
+"""What a search for a channel order is given."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class ChannelProblem:
-    """N:M pruning of the linear layers that share one input, with their input channels in some order.
+class SearchInputs:
+    """Weights, statistics and scores of the linear layers that share one input, and the pattern to prune them to.
 
     The mask of a layer keeps, in every row, the n highest scores of every m consecutive channels.
 
@@ -20,7 +20,7 @@ class ChannelProblem:
         weights: one matrix for each layer.
         hessians: one for each layer, `X^T X` summed over the calibration inputs X `[tokens, k]`.
         scores: importance of every weight, not negative, for each layer.
-        n, m: n kept of every m.
+        n, m: n kept of every m, under the order that is searched.
         num_groups: equal consecutive blocks of channels that no channel may leave.
         seed: of the searches.
         updates_weights: whether what is kept will be updated to make up for what is lost; the loss of a

@@ -1,0 +1,12 @@
+"""The vision tower of Qwen2.5-VL; its language layers are those of `llama`."""
+
+from permlab.sparsity.block_family import FUSED_ATTENTION, GATED_MLP, Family
+
+FAMILY = Family(
+    models=("Qwen2.5-VL",),
+    needs="attn.qkv attn.proj mlp.gate_proj mlp.up_proj mlp.down_proj",
+    writes="attn.proj mlp.down_proj",
+    norms="norm1 norm2",
+    lines=(*FUSED_ATTENTION, *GATED_MLP),
+    ends={0: "patch_embed.proj"},
+)
