@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,12 @@ def write_files(root: Path) -> Path:
         records[:, 1] = number * NUM_PER_FILE + np.arange(NUM_PER_FILE)
         records.tofile(root / name)
     return root
+
+
+def make_files(root: Path) -> dict[str, Any]:
+    """What the battery of every data set reads; settings that go with it."""
+    write_files(root)
+    return {"val_fraction": 0.25}
 
 
 def cifar(root: Path, **options) -> Cifar10:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,14 +44,21 @@ def make(root: Path | str, **options) -> HubText:
     return HubText(**defaults | options)
 
 
-def write(root: Path, extension: str = ".jsonl") -> Path:
+def write(root: Path, extension: str = ".jsonl", splits: tuple[str, ...] = SPLITS) -> Path:
     """The documents in files; in a .txt they are joined as in a sample's text."""
-    for split, documents in DOCUMENTS.items():
+    for split, documents in ((split, DOCUMENTS[split]) for split in splits):
         lines = "".join(json.dumps({"url": "x", "text": document}) + "\n" for document in documents)
         content = ("\n\n".join(documents) if extension == ".txt" else lines).encode()
         content = gzip.compress(content) if extension.endswith(".gz") else content
         (root / f"{split}{extension}").write_bytes(content)
     return root
+
+
+def make_files(root: Path) -> dict[str, Any]:
+    """What the battery of every data set reads, a split in each format; settings that go with it."""
+    for split, extension in zip(SPLITS, (".jsonl.gz", ".jsonl", ".txt"), strict=True):
+        write(root, extension, (split,))
+    return {"sequence_length": 16}
 
 
 def tokens_of(dataset) -> list[int]:

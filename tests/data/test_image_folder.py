@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from permlab.data.image_folder import ImageFolder
 from permlab.data.loader import Loader
 
-CLASSES = ("ant", "bee", "cat")
+CLASSES, SPLITS = ("ant", "bee", "cat"), ("train", "val", "test")
 IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
 
 
@@ -27,8 +28,16 @@ def write_folder(root: Path, splits: tuple[str, ...] = ("train", "val"), num: in
     for split in splits:
         for label, name in enumerate(CLASSES):
             for i in range(num if split == "train" else num // 2):
-                write_image(root / split / name / f"{i}.{extensions[i % 6]}", 1000 * label + i + len(split))
+                write_image(
+                    root / split / name / f"{i}.{extensions[i % 6]}", 1000 * label + 100 * SPLITS.index(split) + i
+                )
     return root
+
+
+def make_files(root: Path) -> dict[str, Any]:
+    """What the battery of every data set reads; settings that go with it."""
+    write_folder(root, num=6)
+    return {"image_size": 16, "resize": 20, "patch_size": 4, "val_fraction": 0.25}
 
 
 def folder(root: Path, **options) -> ImageFolder:

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,12 @@ def write(root: Path, *, flag: str = "somemnist", without: str = "", **changes) 
     content.pop(without, None)
     np.savez_compressed(root / f"{flag}.npz", **content)
     return Medmnist(root=str(root), flag=flag)
+
+
+def make_files(root: Path) -> dict[str, Any]:
+    """What the battery of every data set reads; settings that go with it."""
+    write(root)
+    return {"flag": "somemnist"}
 
 
 def test_shape_is_known_before_torch_is_imported(tmp_path: Path) -> None:

@@ -32,6 +32,23 @@ class Backbone(nn.Module):
     height: int
     width: int
 
+    @property
+    def order_matters(self) -> bool:
+        """Whether logits depend on the order in which the same items are read, under this model's options.
+
+        True unless a model says otherwise. One for which it is false has the same logits under every
+        order, so that nothing can be learned of it by way of its loss.
+        """
+        return True
+
+    @property
+    def idle_parameters(self) -> tuple[str, ...]:
+        """Names of the parameters on which no logit depends under this model's options.
+
+        None unless a model says otherwise. They stay where a published checkpoint has them.
+        """
+        return ()
+
     def set_grid(self, spec: DataSpec, patch_size: int) -> None:
         """Take the number of items from the data's shape."""
         self.height, self.width = spec.grid(patch_size)

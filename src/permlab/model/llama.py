@@ -186,7 +186,9 @@ def _check_heads(width: int, num_heads: int, num_kv_heads: int) -> None:
     if width % num_heads:
         raise ValueError(f"num_heads={num_heads} does not divide width={width}")
     if width // num_heads % 2:
-        raise ValueError(f"an odd head width of {width // num_heads} cannot be rotated")
+        raise ValueError(
+            f"width={width} over num_heads={num_heads}: an odd head width of {width // num_heads} cannot be rotated"
+        )
     if num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}")
 

@@ -289,15 +289,17 @@ def _check_heads(width: int, num_heads: int, num_kv_heads: int, vision_width: in
     if width % num_heads:
         raise ValueError(f"num_heads={num_heads} does not divide width={width}")
     if width // num_heads % 2:
-        raise ValueError(f"an odd head width of {width // num_heads} cannot be rotated")
+        raise ValueError(
+            f"width={width} over num_heads={num_heads}: an odd head width of {width // num_heads} cannot be rotated"
+        )
     if num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}")
     if vision_width % vision_heads:
         raise ValueError(f"vision_heads={vision_heads} does not divide vision_width={vision_width}")
     if vision_width // vision_heads % 4:
         raise ValueError(
-            f"a head of the tower is rotated along two axes, so its width is a multiple of four, "
-            f"not {vision_width // vision_heads}"
+            f"vision_width={vision_width} over vision_heads={vision_heads}: a head of the tower is rotated along "
+            f"two axes, so its width is a multiple of four, not {vision_width // vision_heads}"
         )
 
 

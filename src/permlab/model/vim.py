@@ -70,7 +70,7 @@ class Vim(Backbone):
         super().__init__()
         self.set_grid(spec, patch_size)
         self.num_features = width
-        self.position, self.readout = position, readout
+        self.position, self.readout, self.direction = position, readout, direction
         self.patch_embed = nn.Conv2d(spec.channels, width, patch_size, stride=patch_size)
         rates = [drop_path * index / max(1, depth - 1) for index in range(depth)]
         self.blocks = nn.ModuleList(
@@ -83,6 +83,13 @@ class Vim(Backbone):
         self.cls_token = _table(1, width) if readout == "cls" else None
         num_positions = self.num_items + (readout == "cls")
         self.pos_embed = _table(num_positions, width) if position != "none" else None
+
+    @property
+    def idle_parameters(self) -> tuple[str, ...]:
+        """Of the last block the backward decay, where the last slot is read: backward it comes first, with no past."""
+        if self.readout != "last" or self.direction != "bidirectional":
+            return ()
+        return (f"blocks.{len(self.blocks) - 1}.mixer.A_b_log",)
 
     def embed(self, inputs: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         items = self.patch_embed(inputs).flatten(2).mT

@@ -92,6 +92,11 @@ class Vit(Backbone):
             network = VisionTransformer(embed_dim=width, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, **shape)
         self._take(network)
 
+    @property
+    def order_matters(self) -> bool:
+        """Through a table added by slot, or through whichever item is read last; attention knows no order."""
+        return self.position == "slot" or self.readout == "last"
+
     def _take(self, network: Any) -> None:
         """Keep the parts of timm's network that are used, under timm's names."""
         self.patch_embed, self.blocks, self.norm = network.patch_embed, network.blocks, network.norm
