@@ -25,7 +25,7 @@ train: $(STAMP)  ## learn a patch order on handwritten digits, with its controls
 test: $(STAMP)  ## run the tests (ARGS="tests/ops -k sinkhorn" for some)
 	@$(BIN)/python -m pytest $(ARGS)
 
-sweep: $(STAMP)  ## run the grid of sweeps/NAME.yaml, or go on with it (NAME=prune_digits_2_4_1_pruners)
+sweep: $(STAMP)  ## run the grid of sweeps/NAME.yaml, or go on with it (NAME=prune_digits_1_pruners)
 	@$(BIN)/python -m permlab.sweep $(NAME) $(ARGS)
 
 study-prune: $(STAMP)  ## the miniature study of N:M pruning: run what is missing, write results/prune.md
