@@ -24,7 +24,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from permlab.config import build, component_options
+from permlab.config.build import build
+from permlab.config.schema import component_options
 from permlab.data.loader import Batchable, Loader
 from permlab.errors import ConfigError
 

@@ -19,12 +19,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from permlab.config import build, component_options
+from permlab.config.build import build
+from permlab.config.schema import class_name, component_options
 from permlab.data.spec import DataSpec
 from permlab.errors import ConfigError
 from permlab.model.base import Backbone
 from permlab.option import choices, matches
-from permlab.schema import class_name
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 PRESETS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
