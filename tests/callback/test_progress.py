@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from permlab.callback.progress import Progress
+from permlab.task.metric import ACCURACY
 
 
 class Task(L.LightningModule):
@@ -20,6 +21,7 @@ class Task(L.LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(1))
         self.method, self.fail_at = SimpleNamespace(temperature=0.25), fail_at
+        self.task = SimpleNamespace(metric=ACCURACY)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if self.global_step == self.fail_at:
