@@ -66,7 +66,7 @@ class Method(nn.Module):
     tuned_as: ClassVar[str | None] = None
     # A task may try this many sets of swaps after training; it keeps each that lowers its calibration loss.
     num_polish_steps: int = 0
-    # Order and scores may depend on the items of the input; then a run has no single learned order.
+    # True where order and scores depend on the items of the input; such a run has no single learned order.
     needs_items: bool = False
 
     def __init__(
