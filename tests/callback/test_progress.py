@@ -71,7 +71,7 @@ def test_a_long_training_fits_into_80_columns_too() -> None:
         estimated_stepping_batches=300000, global_step=123456, world_size=1, accumulate_grad_batches=1,
         callback_metrics={"val/accuracy": torch.tensor(0.9876)},
     )  # fmt: skip
-    module: Any = SimpleNamespace(method=SimpleNamespace(temperature=0.0123))
+    module: Any = SimpleNamespace(method=SimpleNamespace(temperature=0.0123), task=SimpleNamespace(metric=ACCURACY))
     progress.on_train_start(trainer, module)
     progress.on_validation_start(trainer, module)
     progress.on_validation_end(trainer, module)
