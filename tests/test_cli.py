@@ -214,6 +214,7 @@ def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.alone
 def test_a_wrong_choice_ends_before_torch_is_imported() -> None:
     began = time.monotonic()
     result = script("-X", "importtime", "train.py", "method=sinkhron")

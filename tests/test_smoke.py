@@ -1,22 +1,36 @@
-"""Every backbone with every method takes two steps, and the large presets build."""
+"""Backbones, methods and tasks fit each other: they take two steps together, and the large presets build.
 
+What each promises by itself is in the batteries of `tests/contract`; here every choice of one is met by some
+choice of the other, and by all of them in `make test-all`.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from runs import train
+from scale import FULL
 
 import permlab.run.story
 from permlab.config.compose import compose_config
-from permlab.config.schema import class_name, component_names, component_path
-from permlab.option import class_constant
+from permlab.config.schema import component_names, constant
 
 NANO = ("vit_nano", "vim_nano", "llama_nano", "ssm_probe", "qwen_vl_nano")
+PRUNED = tuple(name for name in NANO if name != "ssm_probe")  # which has no blocks
 METHODS = component_names("method")
 
 
-def _for_pruning_only(preset: str) -> bool:
+def _orders_items(preset: str) -> bool:
     component = compose_config("train", [f"method={preset}"])[0]["method"]["component"]
-    return class_constant(component_path("method", component), class_name(component), "tasks") is not None
+    return "items" in (constant("method", component, "permutes") or ("items",))
+
+
+def pairs(first: Sequence[str], second: Sequence[str]) -> list[tuple[str, str]]:
+    """All combinations, or enough of them that every choice is in one."""
+    if FULL:
+        return [(one, other) for one in first for other in second]
+    count = max(len(first), len(second))
+    return [(first[index % len(first)], second[index % len(second)]) for index in range(count)]
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +38,8 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(permlab.run.story, "draw_all", lambda run_dir: [])
 
 
-@pytest.mark.parametrize("model", NANO)
-@pytest.mark.parametrize("method", [name for name in METHODS if not _for_pruning_only(name)])
-def test_every_backbone_trains_with_every_method(model: str, method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model", "method"), pairs(NANO, [name for name in METHODS if _orders_items(name)]))
+def test_backbones_train_with_methods(model: str, method: str, tmp_path: Path) -> None:
     result = train(tmp_path, f"model={model}", f"method={method}", "model.patch_size=2", "task.control=false")
     assert result.code == 0, result.err
     assert result.summary["train/steps"] == 2
@@ -39,15 +52,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-PAIRS = [("vit_nano", method) for method in METHODS] + [
-    (model, method)
-    for model in ("vim_nano", "llama_nano", "qwen_vl_nano")
-    for method in ("sinkhorn", "reorder", "hybrid", "swap_search")
-]
-
-
-@pytest.mark.parametrize(("model", "method"), PAIRS)
-def test_every_backbone_is_pruned_with_every_method(model: str, method: str, runs: Path) -> None:
+@pytest.mark.xdist_group("dense")
+@pytest.mark.parametrize(("model", "method"), pairs(PRUNED, METHODS))
+def test_backbones_are_pruned_with_methods(model: str, method: str, runs: Path) -> None:
     options = ["task=prune", "task.dense_steps=2", "task.num_samples=32", "task.num_groups=2"]
     options += ["method.num_polish_steps=2"] if method in ("hybrid", "loss_search") else []
     result = train(runs, *options, f"model={model}", f"method={method}", "model.patch_size=2")
@@ -56,9 +63,8 @@ def test_every_backbone_is_pruned_with_every_method(model: str, method: str, run
     assert 0 <= result.summary["test/accuracy"] <= 1
 
 
-@pytest.mark.parametrize("position", ["item", "slot", "none"])
-@pytest.mark.parametrize("model", NANO)
-def test_every_backbone_trains_with_every_position(model: str, position: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model", "position"), pairs(NANO, ["item", "slot", "none"]))
+def test_backbones_train_with_positions(model: str, position: str, tmp_path: Path) -> None:
     result = train(tmp_path, f"model={model}", f"model.position={position}", "model.patch_size=4", "task.control=false")
     assert result.code == 0, result.err
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from permlab.ops import threads
 from permlab.ops.sinkhorn import sinkhorn
 
+# Threads of other processes would be taken for a crowd.
+pytestmark = pytest.mark.alone
 needs_openmp = pytest.mark.skipif(threads._openmp() is None, reason="torch has no OpenMP here")
 
 

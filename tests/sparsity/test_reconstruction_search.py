@@ -89,6 +89,7 @@ def test_shared_and_copied_hessians_give_the_same():
     assert not torch.equal(shared, other)
 
 
+@pytest.mark.alone
 def test_six_thousand_swaps_in_a_fraction_of_a_second():
     weights, inputs, hessians, scores = layers((128,), 64, torch.float32)
     reconstruction_search(weights, hessians, scores, n=2, m=4, num_swaps=1)
@@ -99,6 +100,7 @@ def test_six_thousand_swaps_in_a_fraction_of_a_second():
     assert lost(weights, inputs, scores, order, 2, 4) < 0.95 * lost(weights, inputs, scores, start, 2, 4)
 
 
+@pytest.mark.alone
 def test_reconstruction_within_a_budget():
     weights, inputs, hessians, scores = layers((64,), 64)
     start = torch.arange(64)

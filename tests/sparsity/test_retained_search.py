@@ -108,6 +108,7 @@ def test_no_swap_gains_and_the_start_is_beaten(n, m, num_groups):
     assert best_swap <= reached * (1 + 2e-6)
 
 
+@pytest.mark.alone
 def test_yardstick_in_a_fraction_of_a_second():
     """Best published: 2919.757 with pairs of blocks, 2921.947 with triples; default order 2852.377."""
     scores = public()
@@ -122,6 +123,7 @@ def test_yardstick_in_a_fraction_of_a_second():
     assert min(seconds) < 0.1
 
 
+@pytest.mark.alone
 def test_yardstick_with_more_rounds():
     begin = time.process_time()
     order = swap_search(public(), n=2, m=4, num_rounds=20_000)
@@ -129,6 +131,7 @@ def test_yardstick_with_more_rounds():
     assert time.process_time() - begin < 5
 
 
+@pytest.mark.alone
 def test_yardstick_within_a_budget():
     begin = time.perf_counter()
     order = swap_search(public(), n=2, m=4, budget_s=0.5)
@@ -136,6 +139,7 @@ def test_yardstick_within_a_budget():
     assert kept(public(), order, 2, 4) >= 2919.75
 
 
+@pytest.mark.alone
 def test_better_than_random_swaps_on_heavy_tails():
     scores = torch.randn(128, 128).exp() * torch.randn(128).exp()
     begin = time.process_time()

@@ -3,13 +3,16 @@
 import zipfile
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import yaml
 
 from permlab.config.check import plan_of
 from permlab.config.plan import Plan
 from permlab.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # What NumPy raises for a file that is no .npz, or one that is cut short, garbled, or holds pickled objects.
 UNREADABLE_ARRAYS = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
@@ -40,18 +43,20 @@ def read_plan(run_dir: Path) -> Plan:
         raise ConfigError([f"{run_dir / 'config.yaml'}: {problem}" for problem in error.problems]) from error
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path) -> "dict[str, np.ndarray]":
     """Arrays of an `.npz` file by name, none where there is no file; nothing is unpickled.
 
     Raises:
         UNREADABLE_ARRAYS: if it cannot be read.
     """
+    import numpy as np  # a plan is read without it
+
     if not path.is_file():
         return {}
     with np.load(path, allow_pickle=False) as arrays:
         return dict(arrays)
 
 
-def read_snapshots(run_dir: Path) -> list[dict[str, np.ndarray]]:
+def read_snapshots(run_dir: Path) -> "list[dict[str, np.ndarray]]":
     """Snapshots of the permutation, by ascending step."""
     return [read_arrays(path) for path in sorted((run_dir / "arrays").glob("step=*.npz"))]

@@ -106,14 +106,14 @@ class RunLogger(Logger):
         self.mirror.log_figures(figures)
         if self._uploads:
             self.mirror.log_checkpoints(sorted((self.run_dir / "checkpoints").glob("*.ckpt")))
-        self.mirror.finish(summary)
+        self.mirror.end(summary)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Lightning calls this when it is done or has failed; after success, results may still follow."""
         self._mirror_row()
         if status != "success":
-            self.mirror.finish({}, exit_code=1)
+            self.mirror.end({}, exit_code=1)
 
     def _mirror_row(self) -> None:
         if self._row:
@@ -143,16 +143,16 @@ class Mirror:
         if paths:
             self._attempt(lambda run: run.log_artifact(_artifact(self.run_dir, paths)))
 
-    def finish(self, summary: Mapping[str, Any], *, exit_code: int = 0) -> None:
+    def end(self, summary: Mapping[str, Any], *, exit_code: int = 0) -> None:
         """End the run; a second call does nothing, and neither does one where nothing was logged."""
         if self._run is None:
             return
 
-        def finish(run: Any) -> None:
+        def end(run: Any) -> None:
             run.summary.update(dict(summary))
             run.finish(exit_code=exit_code)
 
-        self._attempt(finish)
+        self._attempt(end)
         self.ended, self._run = True, None
 
     def _attempt(self, action: Callable[[Any], Any]) -> None:
