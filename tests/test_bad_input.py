@@ -12,9 +12,10 @@ import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,19 +23,26 @@ import yaml
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from runs import train
+from scale import part
 
 import permlab.cli
 import permlab.config
+import permlab.config.check
 import permlab.config.compose
 import permlab.config.schema
+import permlab.run.evaluation
 import permlab.run.story
+import permlab.run.trainer
 from permlab.cli import main
-from permlab.config.identity import run_directory
+from permlab.config.check import plan_of
+from permlab.config.evaluation import check_evaluation
 from permlab.config.schema import _SCHEMAS, CONF, GROUPS, component_names, component_options, components
+from permlab.errors import ConfigError
 
 # Cases of each kind; together at least 2000.
-NUM_OVERRIDES, NUM_SWEEPS, NUM_YAML, NUM_CONFIGS = 350, 100, 130, 800
-NUM_FILES, NUM_CHECKPOINTS, NUM_RESUMES = 300, 310, 20
+ALL_CASES = {"overrides": 350, "sweeps": 100, "yaml": 130, "configs": 800, "files": 300, "checkpoints": 310}
+NUM_RESUMES = part(20, of=2)
+NUM_OVERRIDES, NUM_SWEEPS, NUM_YAML, NUM_CONFIGS, NUM_FILES, NUM_CHECKPOINTS = map(part, ALL_CASES.values())
 # Seconds that one case may take on a slow machine.
 LIMIT = 30.0
 
@@ -277,7 +285,7 @@ def counted() -> Iterator[None]:
 def no_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     """Nothing is trained; what would have been is a directory, which has to lie where runs lie."""
     reached: list[Path] = []
-    monkeypatch.setattr(permlab.run.story, "train", lambda config: reached.append(run_directory(config)))
+    monkeypatch.setattr(permlab.run.story, "train", lambda plan: reached.append(plan.directory))
     monkeypatch.chdir(tmp_path)
     return reached
 
@@ -326,7 +334,7 @@ def test_sweeps(no_training: list[Path], tmp_path: Path, monkeypatch: pytest.Mon
     """A job that cannot run is a line of its own, so here the command line is the whole sweep or one job of it."""
     import permlab.study.jobs
 
-    monkeypatch.setattr(permlab.study.jobs, "run_isolated", lambda name, job: 0)
+    monkeypatch.setattr(permlab.study.jobs, "_known_code", lambda plan: 2 if plan is None else 0)
 
     @cases(NUM_SWEEPS)
     @given(keys(), st.one_of(st.sampled_from(SWEEPS), VALUES), overrides())
@@ -409,7 +417,7 @@ LINES = [
 def test_yaml_files(no_training: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     conf = tmp_path / "conf"
     shutil.copytree(CONF, conf)
-    for module in (permlab.cli, permlab.config.compose, permlab.config, permlab.config.schema):
+    for module in (permlab.cli, permlab.config.compose, permlab.config.check, permlab.config.schema):
         monkeypatch.setattr(module, "CONF", conf)
     names = ["train.yaml", "task/classify.yaml", "method/sinkhorn.yaml", "model/ssm_probe.yaml", "data/digits.yaml"]
     names += ["optim/adamw.yaml", "trainer/cpu.yaml", "logger/wandb.yaml", "eval.yaml", "method/sinkhorn_ste.yaml"]
@@ -476,14 +484,14 @@ def test_configurations_of_runs(finished: Path, tmp_path: Path, monkeypatch: pyt
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     paths = list(leaves(config))
 
-    class Reached(permlab.run.story.ConfigError):
+    class Reached(ConfigError):
         """Evaluation would begin."""
 
     def stop(*_: object) -> None:
         raise Reached("reached")
 
-    monkeypatch.setattr(permlab.run.story, "_build", stop)
-    monkeypatch.setattr(permlab.cli, "resolve", _resolving(run_dir))
+    monkeypatch.setattr(permlab.run.evaluation, "assemble", stop)
+    monkeypatch.setattr(permlab.cli, "resolve_evaluation", _evaluating(run_dir))
 
     @cases(NUM_CONFIGS)
     @given(
@@ -546,16 +554,10 @@ def test_files_of_a_finished_run(finished: Path, tmp_path: Path, monkeypatch: py
         "DONE",
     ]
     fresh(finished, run_dir)
-    monkeypatch.setattr(permlab.cli, "resolve", _resolving(run_dir, config))
-    monkeypatch.setattr(permlab.cli, "run_directory", lambda config: run_dir)
-    monkeypatch.setattr(
-        permlab.run.story,
-        "evaluate_best",
-        lambda *args, **_: (
-            permlab.run.story.load_weights(run_dir / "checkpoints" / "best.ckpt", *args[2].tested()) or {}
-        ),
-    )
-    monkeypatch.setattr(permlab.run.story, "train", lambda config: None)
+    monkeypatch.setattr(permlab.cli, "resolve_evaluation", _evaluating(run_dir))
+    monkeypatch.setattr(permlab.cli, "resolve_train", _training(run_dir, config))
+    monkeypatch.setattr(permlab.run.trainer, "run_test", lambda *_, **__: {})
+    monkeypatch.setattr(permlab.run.story, "train", lambda plan: None)
 
     @cases(NUM_FILES)
     @given(st.sampled_from(names), st.integers(0, 2**32), st.booleans())
@@ -569,17 +571,20 @@ def test_files_of_a_finished_run(finished: Path, tmp_path: Path, monkeypatch: py
     run()
 
 
-def _resolving(run_dir: Path, config: dict | None = None):
-    """In place of Hydra, which would compose the same every time: the settings of `eval run=...`, or a run's own."""
-    evaluation = permlab.cli.resolve("eval", [f"run={run_dir}"])[0] if run_dir.exists() else {}
+def _evaluating(run_dir: Path):
+    """In place of Hydra, which would compose the same every time: the settings of `eval run=...`."""
+    evaluation = permlab.cli.resolve_evaluation([f"run={run_dir}"])
 
-    def resolve(name: str, words: list[str]) -> tuple[dict, list[str]]:
-        if name == "train":
-            assert config is not None
-            return config, []
-        return permlab.cli._check_eval(evaluation | dict(word.split("=", 1) for word in words)), []
+    def resolve(words: list[str]) -> Mapping[str, Any]:
+        return check_evaluation({**evaluation, **dict(word.split("=", 1) for word in words)})
 
     return resolve
+
+
+def _training(run_dir: Path, config: dict):
+    """In place of Hydra: the plan of a run's own settings, wherever it lies."""
+    plan = plan_of(config, run_dir)
+    return lambda words: (plan, [])
 
 
 # Checkpoints
@@ -625,8 +630,8 @@ def test_checkpoints(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     run_dir = tmp_path / "run"
     fresh(finished, run_dir)
     original = (run_dir / "checkpoints" / "best.ckpt").read_bytes()
-    monkeypatch.setattr(permlab.run.story, "_test", lambda *_, **__: {})
-    monkeypatch.setattr(permlab.cli, "resolve", _resolving(run_dir))
+    monkeypatch.setattr(permlab.run.trainer, "run_test", lambda *_, **__: {})
+    monkeypatch.setattr(permlab.cli, "resolve_evaluation", _evaluating(run_dir))
 
     @cases(NUM_CHECKPOINTS)
     @given(st.integers(0, 2**32))
@@ -646,9 +651,7 @@ def test_resuming(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     config = yaml.safe_load((finished / "config.yaml").read_text())
     config["trainer"] |= {"max_steps": 4, "val_check_interval": 4}
     fresh(finished, run_dir)
-    monkeypatch.setattr(permlab.cli, "resolve", _resolving(run_dir, config))
-    monkeypatch.setattr(permlab.cli, "run_directory", lambda config: run_dir)
-    monkeypatch.setattr(permlab.run.story, "run_directory", lambda config: run_dir)
+    monkeypatch.setattr(permlab.cli, "resolve_train", _training(run_dir, config))
     monkeypatch.setattr(permlab.run.story, "draw_all", lambda run_dir: [])
 
     @cases(NUM_RESUMES)
@@ -677,7 +680,7 @@ def test_resuming(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_there_are_two_thousand_cases() -> None:
-    ran, wanted = {kind for kind, _ in codes}, NUM_OVERRIDES + NUM_SWEEPS + NUM_YAML + NUM_CONFIGS
-    assert wanted + NUM_FILES + NUM_CHECKPOINTS + NUM_RESUMES >= 2000
+    ran = {kind for kind, _ in codes}
+    assert sum(ALL_CASES.values()) + 20 >= 2000
     if len(ran) == 7:  # the whole file was run
         assert sum(codes.values()) >= 2000, codes

@@ -9,18 +9,20 @@ from pathlib import Path
 import pytest
 from runs import configure
 
-from permlab.cli import expand, help_text, main, parse_overrides, resolve, split_arguments
+from permlab.cli import help_text, main, split_arguments
+from permlab.config.compose import compose_config, parse_overrides, resolve_train
 from permlab.config.identity import digest, run_directory
-from permlab.config.schema import CONF, GROUPS, component_names
+from permlab.config.schema import CONF, GROUPS, component_names, constant
 from permlab.data.spec import DataSpec
 from permlab.errors import ConfigError
+from permlab.study.grid import expand
 
 ROOT = CONF.parent
 
 
 def problems_of(*overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        resolve("train", overrides)
+        resolve_train(overrides)
     return caught.value.problems
 
 
@@ -70,7 +72,7 @@ def test_rules_over_several_keys() -> None:
 
 def test_a_model_and_a_task_that_cannot_read_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
     text = DataSpec(kind="text", num_classes=256, channels=1, height=1, width=64)
-    monkeypatch.setattr("permlab.config.data_spec", lambda settings: text)
+    monkeypatch.setattr("permlab.config.plan.open_data", lambda settings: (None, text))
     model, task = problems_of("model=vit_nano")
     assert model.startswith("model=vit_nano: reads image data, but data=digits is text")
     assert task.startswith("task=classify: takes image data, but data=digits is text")
@@ -116,8 +118,8 @@ def test_temperature_takes_a_number_or_a_schedule_whatever_the_preset_has() -> N
 
 
 def test_a_setting_of_another_component_is_a_warning() -> None:
-    config, warnings = resolve("train", ["method=sort_ste", "method.num_iters=5"])
-    assert "num_iters" not in config["method"]
+    plan, warnings = resolve_train(["method=sort_ste", "method.num_iters=5"])
+    assert "num_iters" not in plan.config["method"]
     assert warnings == ["method.num_iters=5 has no effect with method=sort_ste"]
 
 
@@ -140,26 +142,27 @@ def test_run_directory_depends_on_what_is_computed_not_on_where() -> None:
     assert run_directory(seeded).name == f"seed=1-{digest(base)}"
 
 
-def test_every_configuration_file_composes_and_validates() -> None:
-    for group in GROUPS:
-        names = component_names(group)
-        assert names, group
-        for name in names:
-            if group == "data" and "root" in (CONF / group / f"{name}.yaml").read_text():
-                assert "data" in problems_of(f"data={name}", "paths.data=no-such-folder")[0]
-                continue
-            config, warnings = resolve("train", [f"{group}={name}", *_company(group, name)])
-            assert config[group]["name"] == name
-            assert not warnings
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group in GROUPS for name in component_names(group)])
+def test_every_configuration_file_composes_and_validates(group: str, name: str) -> None:
+    if group == "data" and "root" in (CONF / group / f"{name}.yaml").read_text():
+        assert "data" in problems_of(f"data={name}", "paths.data=no-such-folder")[0]
+        return
+    plan, warnings = resolve_train([f"{group}={name}", *_company(group, name)])
+    assert plan.config[group]["name"] == name
+    assert not warnings
 
 
 def _company(group: str, name: str) -> list[str]:
     """What a choice needs beside it, where the default run has no place for it."""
     if (group, name) in (("data", "pydocs"), ("model", "qwen2_5_vl_3b")):
         return ["task=lm", "model=llama_nano"] if group == "data" else ["task=lm"]
-    if group == "method" and (CONF / "tuned" / f"prune_{name}.yaml").is_file():
+    if group == "method" and "items" not in (constant("method", _component(name), "permutes") or ("items",)):
         return ["task=prune"]
     return []
+
+
+def _component(method: str) -> str:
+    return compose_config("train", [f"method={method}"])[0]["method"]["component"]
 
 
 def test_expand_is_the_cartesian_product() -> None:

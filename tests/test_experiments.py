@@ -14,14 +14,14 @@ import pytest
 import torch
 import yaml
 
-from permlab.cli import expand
-from permlab.config import prepare
 from permlab.config.build import build
+from permlab.config.check import checked
 from permlab.config.compose import compose_config
-from permlab.config.plan import data_spec
+from permlab.config.plan import Plan
 from permlab.config.schema import CONF, component_names
 from permlab.model.base import Backbone
-from permlab.run.assembly import fitting_sites
+from permlab.study.grid import expand
+from permlab.task.prune.sites import fitting_sites
 
 EXPECTED = yaml.safe_load((CONF.parent / "results" / "expected.yaml").read_text())
 NUMBERS = EXPECTED["numbers"]
@@ -42,7 +42,7 @@ class Job:
 
     words: tuple[str, ...]
     tables: tuple[str, ...]
-    config: dict[str, Any]
+    plan: Plan
     warnings: list[str]
 
 
@@ -75,7 +75,8 @@ def jobs(name: str, root: Path) -> list[Job]:
         for job in _chosen(expand([word for word in words if word != "-m"]), every=bool(tables)):
             composed, problems = compose_config("train", [*job, f"paths.data={root}"])
             assert not problems, problems
-            found.append(Job(tuple(job), tuple(tables.split()), *prepare(composed)))
+            plan, warnings = checked(composed)
+            found.append(Job(tuple(job), tuple(tables.split()), plan, warnings))
     return found
 
 
@@ -102,7 +103,7 @@ def test_commands_are_of_their_own_file_and_valid(name: str, data: Path) -> None
             assert command.startswith("python train.py ")
             assert f"experiment={name}" in command.split()
     for job in jobs(name, data):
-        assert "experiment" not in job.config
+        assert "experiment" not in job.plan.config
         # A sweep over methods sets keys that some of them do not have.
         method_is_swept = any(word.startswith("method=") for word in job.words)
         assert [w for w in job.warnings if not (method_is_swept and w.startswith("method."))] == [], job.words
@@ -111,17 +112,18 @@ def test_commands_are_of_their_own_file_and_valid(name: str, data: Path) -> None
 @pytest.mark.parametrize("name", COMPARED)
 def test_pattern_and_groups_fit_the_model(name: str, data: Path) -> None:
     for job in jobs(name, data):
-        kinds = {site.kind for site in fitting_sites(_one_block(name, data), job.config["task"])[0]}
+        kinds = {site.kind for site in fitting_sites(_one_block(name, data), job.plan.task)[0]}
         assert len(kinds) == 4, job.words  # inputs of attention and of the MLP, and of their last layers
 
 
 @cache
 def _one_block(name: str, data: Path) -> Backbone:
     """The experiment's model with one block and without memory."""
-    config = jobs(name, data)[0].config
+    plan = jobs(name, data)[0].plan
+    config = plan.config
     pretrained = False if config["model"]["component"] == "vit" else None
     with torch.device("meta"):
-        return build("model", config["model"] | {"depth": 1, "pretrained": pretrained}, data_spec(config["data"]))
+        return build("model", config["model"] | {"depth": 1, "pretrained": pretrained}, plan.spec)
 
 
 # Against the papers
@@ -140,7 +142,7 @@ def test_every_run_of_a_command_is_a_row_of_a_table_it_names(name: str, data: Pa
     for job in jobs(name, data):
         assert set(job.tables) <= set(promised), job.words
         rows = [number["row"] for number in of_model if number["table"] in job.tables]
-        ours = measured_on(job.config)
+        ours = measured_on(job.plan.config)
         assert any(row.items() <= (ours | {"model": model}).items() for row in rows), job.words
     assert {table for job in jobs(name, data) for table in job.tables} == set(promised)
 
@@ -163,9 +165,9 @@ def measured_on(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def test_a_run_is_told_from_one_with_other_settings(data: Path) -> None:
     job = next(job for job in jobs("lp4ss/llama_2_7b", data) if "task.num_groups=8" in job.words)
-    assert value("lp4ss", "T5", "perplexity", **only(measured_on(job.config), "groups")) == 10.25
+    assert value("lp4ss", "T5", "perplexity", **only(measured_on(job.plan.config), "groups")) == 10.25
     job = next(job for job in jobs("permllm/llama_2_7b", data) if "task.block_size=128" in job.words)
-    assert value("permllm", "T6", "perplexity", **only(measured_on(job.config), "block_size")) == 9.07
+    assert value("permllm", "T6", "perplexity", **only(measured_on(job.plan.config), "block_size")) == 9.07
 
 
 def only(row: Mapping[str, Any], *keys: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class ConfigError(RunError):
 
 
 class NonFiniteError(RunError):
-    """A loss or gradient became NaN or infinite."""
+    """A number became NaN or infinite: in the loss, a gradient, a weight, a score or a relaxation."""
 
 
 class LockedError(RunError):
@@ -56,7 +56,7 @@ def _remedy(error: OSError) -> str:
 
 
 class RankError(RunError):
-    """A process of a run on several died, or they no longer agree."""
+    """One of the processes of a run died, or they no longer agree."""
 
 
 class Interrupted(BaseException):
@@ -71,7 +71,7 @@ class Interrupted(BaseException):
 
 
 def nearest(value: Any, valid: Sequence[Any]) -> str:
-    """Suggestion to append to a message: the closest valid choice, or all of them where none is close."""
+    """Suggestion to append to a message: the closest valid choice, or all where none is close."""
     names = [str(choice) for choice in valid]
     close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
     if close:

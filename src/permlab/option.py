@@ -47,7 +47,7 @@ Dropout = Annotated[float, Range(ge=0, lt=1)]
 
 
 class Mark:
-    """What is to be known of an option beside its type."""
+    """Says something of an option beside its type and range."""
 
 
 class Rule(Mark):

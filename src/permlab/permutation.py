@@ -27,8 +27,9 @@ class PermutationSample:
     Args:
         order: int64 `[*b, n]`, always a true permutation.
         soft: relaxation `[*b, n, n]` (row = slot) that gradients flow through, or None.
-        log_prob: `[*b]`, in nats, of the law that was actually sampled, temperature included.
-        estimator: how `permute` and the task use the three.
+        log_prob: `[*b]`, in nats, of the law that was sampled, temperature included, unless an option of the
+            method leaves that out; or None.
+        estimator: how `permute` and the learner use the three.
     """
 
     order: Int64[Tensor, "*b n"]

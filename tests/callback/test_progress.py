@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from permlab.callback.progress import Progress
+from permlab.task.metric import ACCURACY
 
 
 class Task(L.LightningModule):
@@ -20,6 +21,7 @@ class Task(L.LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(1))
         self.method, self.fail_at = SimpleNamespace(temperature=0.25), fail_at
+        self.task = SimpleNamespace(metric=ACCURACY)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if self.global_step == self.fail_at:
@@ -69,7 +71,7 @@ def test_a_long_training_fits_into_80_columns_too() -> None:
         estimated_stepping_batches=300000, global_step=123456, world_size=1, accumulate_grad_batches=1,
         callback_metrics={"val/accuracy": torch.tensor(0.9876)},
     )  # fmt: skip
-    module: Any = SimpleNamespace(method=SimpleNamespace(temperature=0.0123))
+    module: Any = SimpleNamespace(method=SimpleNamespace(temperature=0.0123), task=SimpleNamespace(metric=ACCURACY))
     progress.on_train_start(trainer, module)
     progress.on_validation_start(trainer, module)
     progress.on_validation_end(trainer, module)

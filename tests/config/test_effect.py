@@ -1,12 +1,8 @@
 """Settings without effect are a warning; what the rules say is true; every key is documented."""
 
-import functools
 import re
-from typing import Any
 
 import pytest
-import torch
-from runs import assemble, configure
 
 from permlab.config.compose import resolve_train
 from permlab.config.reference import PAGE, page
@@ -71,72 +67,6 @@ def test_rules_name_options_and_values_that_there_are(group: str) -> None:
         for other, values in rules.values():
             assert other == "kind" or other in options, component
             assert values
-
-
-# Every option of a model changes it, or is a warning
-
-# What needs values that fit each other, or a machine that has the weights.
-UNTRIED = {"pretrained", "num_heads", "vision_heads", "vision_width", "merge_size"}
-CHOSEN = [
-    *(("vit_nano", [], option) for option in component_options("model", "vit")),
-    *(("vim_nano", [], option) for option in component_options("model", "vim")),
-    *(("ssm_probe", [], option) for option in component_options("model", "ssm_probe")),
-    *(("llama_nano", words, option) for words in ([], ["task=lm"]) for option in component_options("model", "llama")),
-    *(
-        ("qwen_vl_nano", words, option)
-        for words in ([], ["task=lm"])
-        for option in component_options("model", "qwen_vl")
-    ),
-]
-MODELS = [case for case in CHOSEN if case[2] not in UNTRIED]
-OTHER = {
-    "num_kv_heads": 1,
-    "position": "none",
-    "readout": "mean",
-    "direction": "forward",
-    "drop_path": 0.9,
-    "patch_size": 2,
-}
-
-
-def other_value(option: str, value: Any) -> Any:
-    if option in OTHER and OTHER[option] != value:
-        return OTHER[option]
-    if option in OTHER:
-        return {"patch_size": 4, "direction": "bidirectional", "num_kv_heads": 2, "position": "slot"}[option]
-    if isinstance(value, bool):
-        return not value
-    return value * 2 if value else 1
-
-
-@functools.cache
-def fingerprint(words: tuple[str, ...]) -> list[torch.Tensor]:
-    """The initial weights, and the logits in training under others, of images or tokens that are always the same."""
-    config = configure(words)
-    parts = assemble(config)
-    start = [parameter.detach().clone() for parameter in parts.model.parameters()]
-    torch.manual_seed(0)
-    for parameter in parts.model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    spec = parts.spec
-    tokens = torch.arange(64).view(2, 32) % 256
-    inputs = torch.rand(2, spec.channels, spec.height, spec.width) if spec.kind == "image" else tokens
-    return [*start, parts.model.train()(inputs).detach()]
-
-
-@pytest.mark.parametrize(
-    ("model", "words", "option"), MODELS, ids=lambda value: "-".join(value) if isinstance(value, list) else value
-)
-def test_every_option_of_a_model_changes_it_or_is_a_warning(model: str, words: list[str], option: str) -> None:
-    words = [*words, f"model={model}"]
-    config = configure(words)
-    changed = [*words, f"model.{option}={other_value(option, config['model'][option])}"]
-    warnings = resolve_train(changed)[1]
-    if any(line.startswith(f"model.{option}=") for line in warnings):
-        return
-    before, after = fingerprint(tuple(words)), fingerprint(tuple(changed))
-    same = len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert not same, f"model.{option} changes nothing"
 
 
 # Documentation

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 from runs import Result, data_module, train
 
-from permlab.cli import main, resolve
+from permlab.cli import main
 from permlab.config.build import build
+from permlab.config.compose import resolve_train
 from permlab.data.image import FileDataset
 from permlab.data.image_folder import ImageFolder
 
@@ -192,7 +193,7 @@ def test_lines_without_a_document_are_named_or_left_out(tmp_path: Path) -> None:
 
 
 def test_elsewhere_the_setting_is_a_warning(tmp_path: Path) -> None:
-    config, warnings = resolve("train", ["data=digits", "data.on_corrupt=skip"])
+    plan, warnings = resolve_train(["data=digits", "data.on_corrupt=skip"])
     assert warnings == ["data.on_corrupt=skip has no effect with data=digits"]
-    assert data_module(config, 0).statistics() == {}
-    assert build("data", config["data"]).spec().num_classes == 10
+    assert data_module(plan.config, 0).statistics() == {}
+    assert build("data", plan.config["data"]).spec().num_classes == 10

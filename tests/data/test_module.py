@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from permlab.config.build import build
 from permlab.data.module import DataModule
 from permlab.errors import ConfigError
 
@@ -18,6 +19,10 @@ DIGITS = {
     "batch_size": 150,  # four batches of 718 images
     "num_workers": 0,
 }
+
+
+def module_of(settings: dict, seed: int) -> DataModule:
+    return DataModule(build("data", settings), settings, seed)
 
 
 class Recorder(L.LightningModule):
@@ -71,7 +76,7 @@ def fit(settings, checkpoint: Path | None = None, callbacks=(), **arguments) -> 
         callbacks=list(callbacks),
         **arguments,
     )
-    trainer.fit(recorder, datamodule=DataModule(settings, 1), ckpt_path=checkpoint, weights_only=True)
+    trainer.fit(recorder, datamodule=module_of(settings, 1), ckpt_path=checkpoint, weights_only=True)
     return recorder
 
 
@@ -109,7 +114,7 @@ def test_an_epoch_cut_short_and_a_validation_cut_short_start_anew() -> None:
 
 
 def test_loaders_take_split_seed_and_sizes_from_the_settings() -> None:
-    module = DataModule(DIGITS | {"num_workers": 2}, seed=5)
+    module = module_of(DIGITS | {"num_workers": 2}, seed=5)
     train, val, test = module.train_dataloader(), module.val_dataloader(), module.test_dataloader()
     assert [loader.shuffle for loader in (train, val, test)] == [True, False, False]
     assert [len(loader.dataset) for loader in (train, val, test)] == [718, 539, 540]
@@ -118,7 +123,7 @@ def test_loaders_take_split_seed_and_sizes_from_the_settings() -> None:
 
 
 def test_mean_image_is_the_mean_of_all_where_there_are_few() -> None:
-    module = DataModule(DIGITS, seed=0)
+    module = module_of(DIGITS, seed=0)
     images = module.component.dataset("train", 0).inputs
     np.testing.assert_allclose(module.mean_image(limit=10_000), images[:, 0].numpy().mean(0), atol=1e-6)
     close_to_all = load_digits().images.mean(0) / 16
@@ -145,17 +150,17 @@ def test_mean_image_is_of_every_class_in_a_sorted_dataset(tmp_path: Path) -> Non
         "batch_size": 8,
         "num_workers": 0,
     }
-    mean = DataModule(settings, seed=0).mean_image(limit=9)
+    mean = module_of(settings, seed=0).mean_image(limit=9)
     assert mean.shape == (4, 4)
     np.testing.assert_allclose(mean, 100 / 255, atol=1e-6)
     (tmp_path / "train" / "a" / "0.png").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"data: .*a/0\.png: not a readable image"):
-        DataModule(settings, seed=0).mean_image(limit=1000)
+        module_of(settings, seed=0).mean_image(limit=1000)
 
 
 def test_what_a_dataset_refuses_is_an_error_of_the_configuration(tmp_path: Path) -> None:
     settings = {"name": "medmnist", "component": "medmnist", "root": str(tmp_path), "flag": "pathmnist"}
-    module = DataModule(settings | {"batch_size": 2, "num_workers": 0}, seed=0)
+    module = module_of(settings | {"batch_size": 2, "num_workers": 0}, seed=0)
     with pytest.raises(ConfigError, match=r"data: .*pathmnist\.npz: no such file"):
         module.train_dataloader()
 
@@ -167,7 +172,7 @@ TEXT |= {"val_fraction": 0.05, "test_fraction": 0.05, "batch_size": 8, "num_work
 
 
 def test_a_sample_is_drawn_without_repetition_by_seed_and_split() -> None:
-    module = DataModule(DIGITS | {"batch_size": 16}, seed=3)
+    module = module_of(DIGITS | {"batch_size": 16}, seed=3)
     batches = module.sample("train", 40)
     assert [len(inputs) for inputs, _ in batches] == [len(labels) for _, labels in batches] == [16, 16, 8]
     inputs, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -182,7 +187,7 @@ def test_a_sample_is_drawn_without_repetition_by_seed_and_split() -> None:
     assert drawn != sorted(drawn)
 
     def sample(seed: int, split: str = "train", **changes: object) -> torch.Tensor:
-        found = DataModule(DIGITS | changes, seed=seed).sample(split, 40)
+        found = module_of(DIGITS | changes, seed=seed).sample(split, 40)
         return torch.cat([images for images, _ in found])
 
     torch.rand(3)
@@ -193,7 +198,7 @@ def test_a_sample_is_drawn_without_repetition_by_seed_and_split() -> None:
 
 
 def test_a_sample_has_all_of_a_smaller_split() -> None:
-    module = DataModule(DIGITS, seed=0)
+    module = module_of(DIGITS, seed=0)
     batches = module.sample("val", 10_000)
     assert sum(len(labels) for _, labels in batches) == 539
     torch.testing.assert_close(
@@ -202,14 +207,14 @@ def test_a_sample_has_all_of_a_smaller_split() -> None:
 
 
 def test_a_sample_of_text_is_windows_with_their_next_tokens() -> None:
-    for inputs, targets in DataModule(TEXT, seed=0).sample("val", 20):
+    for inputs, targets in module_of(TEXT, seed=0).sample("val", 20):
         assert inputs.shape == targets.shape
         assert inputs.shape[1] == 16
         assert torch.equal(inputs[:, 1:], targets[:, :-1])
 
 
 def test_an_empty_split_cannot_be_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = DataModule(DIGITS, seed=0)
+    module = module_of(DIGITS, seed=0)
     monkeypatch.setattr(module, "_dataset", lambda split: [])
     with pytest.raises(ValueError, match="the val split has no samples"):
         module.sample("val", 4)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from permlab.figure.draw import FIGURES, draw_all
+import permlab.figure.order
+from permlab.figure.draw import draw_all
 from permlab.figure.order import order_figure
 from permlab.record.rundir import MetricsFile, start_run, write_npz
 from permlab.record.stored import read_snapshots
@@ -16,6 +17,7 @@ from permlab.record.stored import read_snapshots
 CONFIG = {
     "method": {"warmup_fraction": 0.1, "freeze_fraction": 0.3},
     "trainer": {"max_steps": 100},
+    "task": {"component": "classify"},
 }
 RNG = np.random.default_rng(0)
 
@@ -42,7 +44,7 @@ def names(paths: list[Path]) -> list[str]:
 
 def test_all_figures_and_the_same_bytes_twice(run_dir: Path) -> None:
     paths = draw_all(run_dir)
-    assert names(paths) == ["order", "soft_matrix", "scores", "training", "confusion"]
+    assert names(paths) == ["order", "scores", "soft_matrix", "training", "confusion"]
     first = [path.read_bytes() for path in paths]
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red"}):
         assert [path.read_bytes() for path in draw_all(run_dir)] == first
@@ -66,13 +68,13 @@ def test_the_picked_order_is_drawn_where_there_is_one(run_dir: Path, monkeypatch
         return order_figure(start, order, **options)
 
     monkeypatch.setattr("permlab.figure.order.order_figure", spy)
-    FIGURES["order"](run_dir)
+    permlab.figure.order.draw(run_dir)
     (run_dir / "arrays" / "order.npz").unlink()
-    FIGURES["order"](run_dir)
+    permlab.figure.order.draw(run_dir)
     own_orders = np.stack([np.arange(6), np.arange(6)[::-1]])
     write_npz(run_dir / "arrays" / "order.npz", order=np.arange(6))
     write_npz(run_dir / "arrays" / "step=0000200.npz", step=np.array(200), order=own_orders)
-    FIGURES["order"](run_dir)
+    permlab.figure.order.draw(run_dir)
     assert drawn[0].tolist() == [5, 4, 3, 2, 1, 0]
     assert drawn[1].tolist() == read_snapshots(run_dir)[1]["order"].tolist()
     assert drawn[2].tolist() == own_orders.tolist()

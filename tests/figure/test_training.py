@@ -5,6 +5,7 @@ import math
 import pytest
 
 from permlab.figure.training import training_figure
+from permlab.task.classify.task import Classify
 
 RECORDS = [
     {"step": 50, "train/loss": 2.0, "permutation/temperature": 0.3, "permutation/kendall": 1.0},
@@ -15,7 +16,7 @@ PHASES = [("warmup", 0, 0), ("active", 0, 100), ("frozen", 100, 150)]
 
 
 def test_every_panel_draws_its_metrics() -> None:
-    figure = training_figure(RECORDS, PHASES)
+    figure = training_figure(RECORDS, PHASES, Classify.panels)
     drawn = {
         axes.get_ylabel(): {line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in figure.axes
     }
@@ -33,7 +34,10 @@ def test_panels_without_data_are_left_out() -> None:
 
 
 def test_phases_are_named_where_they_last() -> None:
-    texts = {text.get_text(): text.get_position()[0] for text in training_figure(RECORDS, PHASES).axes[0].texts}
+    texts = {
+        text.get_text(): text.get_position()[0]
+        for text in training_figure(RECORDS, PHASES, Classify.panels).axes[0].texts
+    }
     assert texts == {"active": 50, "frozen": 125}
 
 
@@ -43,7 +47,7 @@ def test_nothing_to_draw_is_an_error() -> None:
 
 
 def test_nothing_is_cut_off() -> None:
-    figure = training_figure(RECORDS, PHASES)
+    figure = training_figure(RECORDS, PHASES, Classify.panels)
     figure.draw_without_rendering()
     box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
     assert min(box.x0, box.y0) >= -0.01

@@ -18,7 +18,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A git checkout whose package provenance believes to be part of."""
     package = tmp_path / "src" / "permlab"
     package.mkdir(parents=True)
-    (package / "provenance.py").write_text("x = 1\n")
+    (package / "__init__.py").write_text("x = 1\n")
     (tmp_path / "requirements.lock").write_text("numpy==2\n")
     (tmp_path / ".gitignore").write_text("ignored.py\n")
     identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
@@ -44,7 +44,7 @@ def test_a_clean_checkout(checkout: Path) -> None:
 def test_every_change_of_code_changes_the_hash(checkout: Path) -> None:
     hashes = set()
     for path, text in (
-        ("src/permlab/provenance.py", "x = 2\n"),
+        ("src/permlab/__init__.py", "x = 2\n"),
         ("src/permlab/method/new.py", "class New: ...\n"),
         ("src/permlab/method/new.py", "class New: pass\n"),
         ("conf/method/new.yaml", "order: row\n"),
@@ -68,7 +68,7 @@ def test_results_and_ignored_files_are_no_change(checkout: Path) -> None:
 def test_an_installed_copy_inside_a_foreign_checkout(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = checkout / ".venv" / "lib" / "permlab"
     package.mkdir(parents=True)
-    (package / "provenance.py").write_text("x = 1\n")
+    (package / "__init__.py").write_text("x = 1\n")
     monkeypatch.setattr(provenance, "PACKAGE", package)
     facts = provenance.collect(device=None)
     assert [facts[key] for key in ("git_sha", "git_dirty", "git_diff_sha256", "lock_sha256")] == [None] * 4

@@ -40,7 +40,8 @@ def strict_json(text: str):
 
 def test_importing_the_file_functions_does_not_import_torch() -> None:
     heavy = {"torch", "lightning", "matplotlib", "wandb"}
-    code = f"import sys, permlab.record.rundir, permlab.record.provenance; sys.exit(sorted({heavy} & set(sys.modules)) or 0)"
+    imports = "import sys, permlab.record.rundir, permlab.record.provenance, permlab.record.stored"
+    code = f"{imports}; sys.exit(sorted({heavy} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 

@@ -22,6 +22,7 @@ import sys
 import lightning as L
 import torch
 import permlab.run.story
+import permlab.run.trainer
 from permlab.cli import main
 
 torch.set_num_threads(1)
@@ -54,8 +55,8 @@ class Compare(L.Callback):
             print("agree", trainer.global_step, flush=True)
 
 
-build = permlab.run.story._callbacks
-permlab.run.story._callbacks = lambda *parts: [*build(*parts), Compare()]
+build = permlab.run.trainer._callbacks
+permlab.run.trainer._callbacks = lambda *parts: [*build(*parts), Compare()]
 if __name__ == "__main__":
     sys.exit(main("train", sys.argv[1:]))
 """

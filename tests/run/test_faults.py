@@ -23,6 +23,7 @@ from runs import Result, train
 
 import permlab.record.lock
 import permlab.run.story
+import permlab.run.trainer
 from permlab.cli import main
 from permlab.errors import LockedError, WriteError
 from permlab.record.checkpoint import find_damage, newest_state
@@ -46,10 +47,10 @@ class At(L.Callback):
 
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch):
-    build = permlab.run.story._callbacks
+    build = permlab.run.trainer._callbacks
 
     def arm(batch: int, action) -> None:
-        monkeypatch.setattr(permlab.run.story, "_callbacks", lambda *parts: [*build(*parts), At(batch, action)])
+        monkeypatch.setattr(permlab.run.trainer, "_callbacks", lambda *parts: [*build(*parts), At(batch, action)])
 
     return arm
 
@@ -395,8 +396,8 @@ def test_a_signal_before_or_after_training_ends_the_run(
         signal.raise_signal(number)
 
     where = {
-        "begin": (permlab.task.learner.Task, "begin"),
-        "test": (permlab.run.story, "_test"),
+        "begin": (permlab.task.learner.Learner, "prepare"),
+        "test": (permlab.run.trainer, "run_test"),
         "figures": (permlab.run.story, "draw_all"),
     }
     with monkeypatch.context() as patch:

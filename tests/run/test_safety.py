@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from permlab.dense import read_item_order
 from runs import Result, train
 
 from permlab.cli import main
@@ -23,7 +22,8 @@ from permlab.config.schema import CONF
 from permlab.config.secret import leaks, redact
 from permlab.errors import ConfigError
 from permlab.record.rundir import clear_run
-from permlab.sweep import read_sweep
+from permlab.study.grid import read_sweep
+from permlab.task.prune.reading import read_item_order
 
 ROOT = CONF.parent
 WANDB_KEY, HF_TOKEN = "0123456789abcdef0123456789abcdef01234567", "hf_" + "Planted0Secret1Planted2Secret"

@@ -11,7 +11,9 @@ import pytest
 import torch
 from runs import Result, train
 
+import permlab.run.evaluation
 import permlab.run.story
+import permlab.run.trainer
 from permlab.cli import main
 from permlab.permutation import check_order
 
@@ -100,14 +102,14 @@ def test_eval_prints_the_same_numbers(finished: Result, capsys: pytest.CaptureFi
 def test_eval_uploads_a_finished_run(
     finished: Result, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(permlab.run.story, "replay", lambda run_dir: len(finished.metrics))
+    monkeypatch.setattr(permlab.run.evaluation, "replay", lambda run_dir: len(finished.metrics))
     assert main("eval", [f"run={finished.run_dir}", "upload=true"]) == 0
     assert f"uploaded {STEPS} rows" in capsys.readouterr().out
 
     def refuse(run_dir: Path) -> int:
         raise PermissionError("not logged in")
 
-    monkeypatch.setattr(permlab.run.story, "replay", refuse)
+    monkeypatch.setattr(permlab.run.evaluation, "replay", refuse)
     assert main("eval", [f"run={finished.run_dir}", "upload=true"]) == 2
     assert "error: upload=true: PermissionError: not logged in" in capsys.readouterr().err
 
@@ -146,14 +148,14 @@ def test_a_stopped_run_resumes_bit_for_bit(
     """33 batches are an epoch: 33 and 66 stop at the end of one, 5 in the middle."""
     options = ("task.control=false", f"method={method}", "trainer.log_every_n_steps=1", f"data.num_workers={workers}")
     whole = train(tmp_path / "whole", *options, steps=steps)
-    build = permlab.run.story._callbacks
-    monkeypatch.setattr(permlab.run.story, "_callbacks", lambda *parts: [*build(*parts), StopAt(stop)])
+    build = permlab.run.trainer._callbacks
+    monkeypatch.setattr(permlab.run.trainer, "_callbacks", lambda *parts: [*build(*parts), StopAt(stop)])
     stopped = train(tmp_path / "stopped", *options, steps=steps)
     assert stopped.code == 143
     assert stopped.err.startswith("error: interrupted")
     assert not (stopped.run_dir / "DONE").exists()
     assert len(stopped.metrics) == stop
-    monkeypatch.setattr(permlab.run.story, "_callbacks", build)
+    monkeypatch.setattr(permlab.run.trainer, "_callbacks", build)
     resumed = train(tmp_path / "stopped", *options, steps=steps)
     assert resumed.code == 0, resumed.err
     assert resumed.metrics == whole.metrics
@@ -201,8 +203,8 @@ def test_a_step_without_a_finite_loss_keeps_the_last_good_checkpoint(
                 with torch.no_grad():
                     pl_module.model.head.weight[0, 0] = math.nan
 
-    build = permlab.run.story._callbacks
-    monkeypatch.setattr(permlab.run.story, "_callbacks", lambda *parts: [*build(*parts), Poison()])
+    build = permlab.run.trainer._callbacks
+    monkeypatch.setattr(permlab.run.trainer, "_callbacks", lambda *parts: [*build(*parts), Poison()])
     result = train(tmp_path, "task.control=false", "trainer.val_check_interval=10", steps=40)
     assert result.code == 1
     assert "step 30" in result.err

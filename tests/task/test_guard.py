@@ -12,6 +12,7 @@ from runs import Result, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import permlab.run.story
+import permlab.run.trainer
 from permlab.errors import NonFiniteError
 from permlab.task.guard import NonFiniteGuard
 
@@ -56,8 +57,8 @@ def _state(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, torch.
 
 
 def poisoned(folder: Path, monkeypatch: pytest.MonkeyPatch, poison: Poison, *words: str, steps: int = 6) -> Result:
-    build = permlab.run.story._callbacks
-    monkeypatch.setattr(permlab.run.story, "_callbacks", lambda *parts: [*build(*parts), poison])
+    build = permlab.run.trainer._callbacks
+    monkeypatch.setattr(permlab.run.trainer, "_callbacks", lambda *parts: [*build(*parts), poison])
     return train(folder, *SHORT, *words, steps=steps)
 
 
@@ -196,8 +197,8 @@ def test_no_step_fetches_a_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             if trainer.global_step == 0:
                 pl_module.training_step, pl_module.configure_gradient_clipping = step, clip
 
-    build = permlab.run.story._callbacks
-    monkeypatch.setattr(permlab.run.story, "_callbacks", lambda *parts: [*build(*parts), Watch()])
+    build = permlab.run.trainer._callbacks
+    monkeypatch.setattr(permlab.run.trainer, "_callbacks", lambda *parts: [*build(*parts), Watch()])
     words = ("task.control=false", "trainer.log_every_n_steps=100", f"method={method}")
     result = train(tmp_path, *words, steps=3)
     assert result.code == 0, result.err
@@ -220,8 +221,8 @@ def test_no_step_waits_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             if trainer.global_step == 3:
                 profile.stop()
 
-    build = permlab.run.story._callbacks
-    monkeypatch.setattr(permlab.run.story, "_callbacks", lambda *parts: [Watch(), *build(*parts)])
+    build = permlab.run.trainer._callbacks
+    monkeypatch.setattr(permlab.run.trainer, "_callbacks", lambda *parts: [Watch(), *build(*parts)])
     words = ("trainer=gpu", "task.control=false", "trainer.log_every_n_steps=100", f"method={method}")
     result = train(tmp_path, *words, steps=4)
     assert result.code == 0, result.err
@@ -235,9 +236,9 @@ def test_no_step_waits_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_late_look_still_names_the_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: None, place: str
 ) -> None:
-    build = permlab.run.story._callbacks
+    build = permlab.run.trainer._callbacks
     poison = Poison(place, at=(3,))
-    monkeypatch.setattr(permlab.run.story, "_callbacks", lambda *parts: [*build(*parts), poison])
+    monkeypatch.setattr(permlab.run.trainer, "_callbacks", lambda *parts: [*build(*parts), poison])
     result = train(tmp_path, "task.control=false", "trainer.log_every_n_steps=8", "method=sort_ste", steps=24)
     assert result.code == 1
     assert "step 3:" in result.err

@@ -22,7 +22,7 @@ from permlab.config.schema import (
     schema,
 )
 from permlab.errors import ConfigError
-from permlab.option import REQUIRED, Option, describe
+from permlab.option import REQUIRED, Option, Rule, describe
 
 PAGE = CONF.parent / "docs" / "options.md"
 INTRODUCTION = """# Options
@@ -92,7 +92,7 @@ def _table(title: str, prefix: str, options: dict[str, Option], path: Path | Non
         given = key in values or option.default is not REQUIRED
         cells = [
             f"`{prefix}{key}`",
-            describe(option.type),
+            ", ".join([describe(option.type), *map(str, option.marks(Rule))]),
             f"`{_short(value)}`" if given else "",
             meanings.get(key, ""),
         ]

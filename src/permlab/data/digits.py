@@ -21,7 +21,7 @@ class Digits:
         val_fraction: part of the images on which models are picked.
         test_fraction: part of the images that is looked at once, at the end.
     Raises:
-        ValueError: if the fractions leave nothing to train on, or a part empty.
+        ValueError: if a fraction is below 0.01, or both leave less than 0.05 to train on.
     Source: scikit-learn `load_digits`; Alpaydin and Kaynak 1998, UCI repository.
     """
 

@@ -46,7 +46,7 @@ def stratified_part(labels: np.ndarray, fraction: float, seed: int) -> np.ndarra
 
 
 def normalise(pixels: Tensor, mean: Sequence[float], sd: Sequence[float]) -> Tensor:
-    """Images float32 with the given mean taken off and over the given deviation, from 0..255.
+    """Images as float32: scaled from 0..255 to 0..1, the mean taken off, divided by the deviation.
 
     Shapes:
         pixels: uint8 `[b, c, h, w]`.  mean, sd: one number per channel, on the scale 0..1.

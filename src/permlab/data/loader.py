@@ -65,7 +65,7 @@ def worker_died(error: RuntimeError) -> str:
 
 @contextmanager
 def data_errors() -> Iterator[None]:
-    """Turns what a dataset says of its files into an error of the configuration, which ends a run with one line."""
+    """Turn what a dataset says of its files into an error of the configuration, which ends a run with one line."""
     try:
         yield
     except ValueError as error:
@@ -104,6 +104,7 @@ class Loader:
     Args:
         dataset: fetches batches by `__getitems__`.
         batch_size: samples per batch and rank.
+        seed: of the order of every epoch.
         shuffle: draw an order per epoch and drop the incomplete last batch; otherwise keep the
             dataset's order and every sample (ranks may then differ by one batch).
         num_workers: processes that fetch ahead; 0 fetches in this one.

@@ -51,7 +51,7 @@ class DataModule(L.LightningDataModule):
         return self._loader("test")
 
     def statistics(self) -> dict[str, float]:
-        """What is said of the data in a run's summary: how much could not be read and was left out."""
+        """Numbers of the data for a run's summary: how much was left out as unreadable, where that is allowed."""
         if getattr(self.component, "on_corrupt", "stop") != "skip":
             return {}
         return {"data/num_skipped": float(self.component.num_skipped)}

@@ -42,7 +42,7 @@ class Pydocs:
         val_fraction: part of the bytes on which models are picked.
         test_fraction: part of the bytes that is looked at once, at the end.
     Raises:
-        ValueError: if the fractions leave nothing to train on or a part empty, or `vocab_size` is too small.
+        ValueError: if a fraction is below 0.01, both leave less than 0.05 to train on, or `vocab_size` is too small.
     Source: `pydoc_data.topics` of the running Python, made from the Python Language Reference.
     """
 

@@ -17,7 +17,7 @@ class TokenWindows(Dataset):
     Shapes:
         tokens: integers `[num_tokens]`.
     Args:
-        sequence_length: tokens per sample, at least 1.
+        sequence_length: tokens per sample.
         where: what the tokens were read from, for the error message.
     Raises:
         ValueError: naming `where`, if there are too few tokens for one window.

@@ -39,13 +39,13 @@ class Method(nn.Module):
     Training runs through three phases: `warmup` (the starting order), `active` (the method
     samples and learns while its temperature follows the schedule) and `frozen` (the learned
     order, hard and deterministic, while the rest of the model adapts to it). In evaluation
-    mode and when frozen, the forward pass returns `best`.
+    mode and when frozen, the forward pass gives the order of `best`.
 
     Phase and temperature are functions of the optimiser step, set by `advance`; they are no
     state, so a resumed run needs none of it.
 
-    Subclasses implement `sample` and `best`, `scores` and `soft_matrix` where they have them,
-    and `advantage` where their samples have a `log_prob`. Their constructor's keyword-only
+    Subclasses implement `sample` and `best`, `scores`, `soft_matrix` and `search` where they have
+    them, and `advantage` where their samples have a `log_prob`. Their constructor's keyword-only
     arguments are their options.
 
     Args:
@@ -59,13 +59,14 @@ class Method(nn.Module):
     """
 
     start_order: Tensor
-    # What it can permute: `items` of the input, channels of `weights`. A literal, read without importing the file.
+    # A method may permute `items` of the input and channels of `weights`, and be one for tasks that permute
+    # `nothing`. A literal, read without importing the file.
     permutes: ClassVar[tuple[str, ...]] = ("items", "weights")
-    # What joins the task in the name of the file of `conf/tuned/` for presets that have none of their own. A literal.
+    # A preset without a file of its own in `conf/tuned/` takes `<task>_<tuned_as>.yaml` where there is one. A literal.
     tuned_as: ClassVar[str | None] = None
-    # Sets of swaps to try after training, each kept if it lowers the loss on samples that a task has set aside.
+    # A task may try this many sets of swaps after training; it keeps each that lowers its calibration loss.
     num_polish_steps: int = 0
-    # Whether order and scores depend on the items of the input; then a run has no single learned order.
+    # True where order and scores depend on the items of the input; such a run has no single learned order.
     needs_items: bool = False
 
     def __init__(
@@ -138,21 +139,29 @@ class Method(nn.Module):
         return {} if self.needs_items else {self.site.name: self.best()}
 
     def search(self, inputs: SearchInputs) -> Int64[Tensor, " n"] | None:
-        """An order found without training, to start from or to keep; None where the method does not search."""
+        """An order found without training, to start from or to keep; None where the method does not search.
+
+        Args:
+            inputs: what is known of the layers at the site.
+        """
         return None
 
     def scores(self, items: Float[Tensor, "*b n d"] | None = None) -> Tensor | None:
-        """What the method learns: `[*c, n]` or `[g, m, m]` for g groups of m; None where nothing is learned."""
+        """Scores that orders come from: `[*c, n]`, or `[g, m, m]` for g groups of m; None where there are none."""
         return None
 
     def soft_matrix(self, items: Float[Tensor, "*b n d"] | None = None) -> Float[Tensor, "*c n n"] | None:
-        """A relaxation at the present temperature, free of chance; None where there is none. For pictures."""
+        """A relaxation at the present temperature, free of chance; None where there is none.
+
+        Entropy and pictures are made of it, and a task reads from it what its relaxed loss is without noise.
+        """
         return None
 
     def entropy(self, items: Tensor | None = None) -> Tensor:
         """How undecided the method is: 0 for one order, 1 for a uniform law; mean over rows and batch.
 
-        For a relaxation, the mean row entropy of the soft matrix over log m, m the group size.
+        For a relaxation, the mean row entropy of the soft matrix over log m, m the group size; 0 where there
+        is none.
         """
         soft = self.soft_matrix(items)
         if soft is None or self.group_size == 1:
@@ -160,7 +169,7 @@ class Method(nn.Module):
         return torch.special.entr(soft.float()).sum(-1).mean() / math.log(self.group_size)
 
     def advantage(self, reward: Float[Tensor, "*b"]) -> Float[Tensor, "*c"]:
-        """Reward minus baseline in the shape of `log_prob`, for methods whose samples have one."""
+        """Reward minus baseline, in the shape of `log_prob`; only methods whose samples have one define it."""
         raise NotImplementedError(f"{type(self).__name__} has no log_prob")
 
     @torch.no_grad()

@@ -26,7 +26,8 @@ class Hybrid(Sinkhorn):
 
     The learned table is that of `Sinkhorn` in the coordinates of the found order. After training
     the task takes the better of the found and the learned order, by calibration loss, and tries
-    swaps, keeping those that lower it: the result is never worse than its start on that loss.
+    swaps, keeping those that lower it: the result is never worse than its start on that loss. With
+    `num_polish_steps=0` the task keeps the learned order, whatever its loss.
 
     Args:
         site: where the permutation acts.

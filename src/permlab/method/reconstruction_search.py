@@ -32,7 +32,7 @@ class ReconstructionSearch(Fixed):
 
 
 def search_reconstruction(inputs: SearchInputs, *, num_swaps: int) -> Int64[Tensor, " n"]:
-    """`reconstruction_search` on what a method is given; at least as good as its start on the layers' error."""
+    """Run `reconstruction_search` on what a method is given; the layers' error is at most that of the start."""
     return reconstruction_search(
         list(inputs.weights),
         list(inputs.hessians),

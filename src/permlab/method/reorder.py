@@ -13,7 +13,7 @@ from permlab.ops import plackett_luce
 from permlab.option import Fraction, PositiveFloat, PositiveInt, SharesOne, Temperature, Where
 from permlab.permutation import PermutationSample, Site
 
-NUM_DRAWS = 64  # orders drawn, always the same ones, for the statistics of the law
+NUM_DRAWS = 64  # the statistics of a law are those of so many orders, drawn alike every time
 
 
 class Reorder(Method):

@@ -14,7 +14,7 @@ from permlab.permutation import PermutationSample, Site, order_to_matrix
 
 
 class Sinkhorn(Method):
-    """Learns a table of scores, slot by item; the order is its best assignment.
+    """Learns a score for every slot and item; the order is the best assignment of these.
 
     In the active phase Sinkhorn's iteration turns the table, with `noise` times a Gumbel table
     drawn afresh, into a soft matrix (columns sum to one exactly, rows nearly). `relaxed` mixes
@@ -23,7 +23,7 @@ class Sinkhorn(Method):
 
     With `start=order` the table starts as `start_scale` times the matrix of the starting order
     plus a uniform `jitter`, drawn from torch's global generator, which is too small to change the
-    assignment. `random` starts uniform within `start_scale`, and `zero` at nothing: neither then
+    assignment. `random` starts uniform within `start_scale`, and `zero` at the jitter alone: neither
     starts at the starting order.
 
     With `cost=network` the table stays at its start, and a small network of each item's features
@@ -33,7 +33,7 @@ class Sinkhorn(Method):
     Args:
         site: where the permutation acts.
         temperature: in units of score; a number or a schedule over the active phase.
-        lr: peak learning rate of the table.
+        lr: peak learning rate of the table or the network.
         warmup_fraction: first part of the training steps, with the starting order kept.
         freeze_fraction: last part of the training steps, with the learned order fixed.
         estimator: `relaxed` or `straight_through`.

@@ -21,11 +21,11 @@ class SiteMethods(nn.Module):
         sites: of the model.
         bases: starting order of every site.
         num_groups: groups of every site.
-        make: builds the method of a site, given that site and its number of groups.
+        make: builds a site's method from the site and its number of groups; it has to start at the identity.
         left_out: names of sites that were selected and have no method, as they do not fit.
     """
 
-    needs_items = False  # what a method reads are its channels' statistics, which do not change
+    needs_items = False  # a method reads statistics of its channels, which do not change with the input
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class SiteMethods(nn.Module):
 
     @torch.no_grad()
     def statistics(self, items: Tensor | None = None) -> dict[str, Tensor]:
-        """Means over the sites of what every method reports."""
+        """Means over the sites of what every method reports; `items` are not looked at."""
         tables = [self[site.name].statistics(self.features(site.name)) for site in self.sites]
         return {key: torch.stack([table[key].cpu() for table in tables]).mean() for key in tables[0]}
 

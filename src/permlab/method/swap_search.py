@@ -1,4 +1,4 @@
-"""Greedy regrouping of pairs of channel blocks, with escapes from local optima."""
+"""Exchange of channels between all blocks at once, with noise to leave local optima."""
 
 from typing import ClassVar
 
@@ -17,7 +17,7 @@ class SwapSearch(Fixed):
 
     Args:
         site: where the permutation acts.
-        budget_s: seconds for each site; null for a fixed number of escapes, the same on every machine.
+        budget_s: seconds for each site; null for a fixed number of noisy rounds.
     """
 
     permutes: ClassVar[tuple[str, ...]] = ("weights",)

@@ -19,10 +19,10 @@ class Backbone(nn.Module):
     Parameters that weight decay would only pull towards an arbitrary zero are marked by `free_of_decay`.
 
     Attributes:
-        reads: kinds of data it reads, a literal tuple (`image`, `text`).
+        reads: kinds of data it reads, such as `image` and `text`; a literal tuple.
         num_items: number of items per sample.
         num_features: length of an item's feature vector.
-        height, width: rows and columns of the patch grid (1 x length for text).
+        height, width: rows and columns of the grid of items; for a sequence 1 and its length.
     """
 
     reads: ClassVar[tuple[str, ...]] = ("image",)
@@ -50,7 +50,11 @@ class Backbone(nn.Module):
         return ()
 
     def set_grid(self, spec: DataSpec, patch_size: int) -> None:
-        """Take the number of items from the data's shape."""
+        """Take the number of items from the data's shape.
+
+        Raises:
+            ValueError: if the patch size does not divide the image.
+        """
         self.height, self.width = spec.grid(patch_size)
         self.num_items = self.height * self.width
 

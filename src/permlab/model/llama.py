@@ -41,7 +41,8 @@ class Llama(Backbone):
         mlp_width: hidden width of the MLP in a block.
         norm_eps: added to the mean square in each RMS norm.
         rope_theta: base of the rotary wavelengths, in slots; used with `position=slot`.
-        rope_factor: by how much wavelengths beyond 8192 slots are stretched; 1 is not at all; likewise.
+        rope_factor: by how much wavelengths beyond 8192 slots are stretched, 1 for not at all; used with
+            `position=slot`.
         position: `slot`, `item` or `none`, as above.
         readout: features of the last slot, or the mean over slots; for images.
         tie_embeddings: whether the head of a text model is its embedding table; for text.

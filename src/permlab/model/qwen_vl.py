@@ -41,8 +41,8 @@ class QwenVl(Backbone):
     slot it is put into. The language model rotates by slot, each slot having the row and column of its place
     on the merged grid, and reads the logits off the last one, which alone sees all.
 
-    Text is read as token ids and gives logits for the next token in every slot. What describes the tower has no
-    effect then, and there is none.
+    Text is read as token ids and gives logits for the next token in every slot. No tower is built then, and what
+    describes it has no effect.
 
     Shapes:
         b: samples.  n: merged patches or tokens.  d: width.
@@ -52,15 +52,15 @@ class QwenVl(Backbone):
         merge_size: patches that are merged along either side; for images.
         width: length of a token's feature vector in the language model, a multiple of `num_heads`.
         depth: blocks of the language model.
-        num_heads: query heads per block.
-        num_kv_heads: key and value heads per block, a divisor of `num_heads`.
-        mlp_width: hidden width of its MLPs.
-        norm_eps: added to the mean square in its RMS norms; in the tower it is 1e-6.
-        rope_theta: base of its rotary wavelengths; in the tower it is 10000.
+        num_heads: query heads per block of the language model.
+        num_kv_heads: key and value heads per block of the language model, a divisor of `num_heads`.
+        mlp_width: hidden width of the MLPs of the language model.
+        norm_eps: added to the mean square in the RMS norms of the language model; the tower adds 1e-6.
+        rope_theta: base of the rotary wavelengths of the language model; that of the tower is 10000.
         vision_width: length of a patch's feature vector in the tower, a multiple of four times `vision_heads`.
         vision_depth: blocks of the tower.
-        vision_heads: heads of its attention.
-        vision_mlp_width: hidden width of its MLPs.
+        vision_heads: attention heads per block of the tower.
+        vision_mlp_width: hidden width of the MLPs of the tower.
         tie_embeddings: whether the head of a text model is its embedding table; for text.
         pretrained: start from the weights of a Qwen2.5-VL: a folder in transformers' format, or a name on the
             hub such as `Qwen/Qwen2.5-VL-3B-Instruct`, which downloads on first use. Only safetensors are read.

@@ -86,7 +86,7 @@ class Vim(Backbone):
 
     @property
     def idle_parameters(self) -> tuple[str, ...]:
-        """Of the last block the backward decay, where the last slot is read: backward it comes first, with no past."""
+        """The last block's backward decay where the last slot is read: backward that slot comes first, with no past."""
         if self.readout != "last" or self.direction != "bidirectional":
             return ()
         return (f"blocks.{len(self.blocks) - 1}.mixer.A_b_log",)

@@ -83,13 +83,13 @@ def log_prob(
     Returns:
         Log-probability in nats, dtype and device of the logits; computed in float64.
     Raises:
-        ValueError: if the logits are not floating point, the order is no permutation or of
-            another number of items, or temperature <= 0.
+        ValueError: if the logits are not floating point, the order is not int64 or of another
+            number of items, or temperature <= 0; on a CPU also if the order is no permutation.
     Source: Plackett 1975, The analysis of permutations; Kutscher et al. 2025, REOrder, arXiv:2505.23751.
     Differs from source: REOrder leaves the temperature out of the log-probability, which is
         then that of another law than the sampled one.
     Cost: O(n) on a CPU, where a compiled kernel computes the gradient along with the value; elsewhere a few
-        passes in torch. Whether the order is one is looked at on a CPU only.
+        passes in torch. Whether the order is a permutation is checked on a CPU only.
     Example:
         >>> log_prob(torch.zeros(3), torch.tensor([2, 0, 1]), temperature=0.5).exp()
         tensor(0.1667)

@@ -24,8 +24,8 @@ class ScanName(NamedTuple):
 def parse_name(name: str) -> ScanName:
     """Take a scan-order name apart.
 
-    Accepts every name in `NAMES`, `random(7)` or `random_7` for a random order with its seed
-    (0 where none is given), and `reverse(<name>)` or `reverse_<name>` of each.
+    Accepts every name in `NAMES`; `random(7)` or `random_7` for a random order with its seed (0
+    where none is given); and `reverse(<name>)` or `reverse_<name>` of what is not reversed already.
 
     Raises:
         ValueError: naming the unknown name and the nearest valid one.
@@ -71,7 +71,7 @@ def scan_order(name: str, height: int, width: int) -> "torch.Tensor":
     Shapes:
         The result is `[n]`, n = height * width.
     Args:
-        name: one of `NAMES`, or a random order with a seed.
+        name: as `parse_name` takes it.
         height: rows of the grid, at least 1.
         width: columns of the grid, at least 1.
     Returns:

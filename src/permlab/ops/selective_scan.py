@@ -62,6 +62,7 @@ def selective_scan(
     Raises:
         ValueError: on a wrong shape, an integer tensor, tensors on several devices, or a backend
             that is unknown or cannot read these tensors, with the reason.
+        RuntimeError: in the backward pass of `numba`, if second derivatives are wanted.
     Source: Gu and Dao 2023, arXiv:2312.00752, algorithm 2; arguments as `selective_scan_fn` of mamba_ssm.
     Differs from source: A is real, B and C are given per token; 2^x with A log2(e) instead of e^x.
     Cost: O(b d l s) time, O(b l (d + s ceil(d / 64))) memory; `torch` takes log(l) times that time and

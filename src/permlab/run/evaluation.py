@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from permlab.config.plan import Plan
+from permlab.config.schema import components, constant
 from permlab.errors import ConfigError
 from permlab.record.checkpoint import load_weights
 from permlab.record.stored import read_plan
@@ -27,6 +28,11 @@ def evaluate(config: Mapping[str, Any]) -> Summary:
     """
     run_dir = Path(config["run"])
     plan = read_plan(run_dir)
+    if config["export"] and not plan.task.exports:
+        able = " or ".join(name for name in components("task") if constant("task", name, "exports"))
+        raise ConfigError(
+            f"export={config['export']}: run {run_dir} has nothing to export; export a run of task={able}"
+        )
     lightning.quiet_lightning()
     parts = assemble(_without_pretrained(plan))
     lightning.set_threads(plan, parts.model)

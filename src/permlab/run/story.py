@@ -139,6 +139,7 @@ def _tell(plan: Plan, parts: Assembly, before: Mapping[str, Path]) -> Summary:
     summary = read_summary(run_dir) if (run_dir / "summary.json").is_file() else {}
     if plan.task.metric.key not in summary:
         summary = _fit_and_finish(plan, parts, before)
+    _meet()  # what the first rank has written decides which runs follow
     key = plan.task.metric.key
     for name, companion in plan.task.beside(plan, read_arrays(run_dir / "arrays" / "order.npz")).items():
         summary[f"{key}_{name}"] = run_once(companion_plan(plan, companion))[key]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from permlab.config.plan import Plan
 from permlab.data.module import DataModule
-from permlab.errors import ConfigError, NonFiniteError
+from permlab.errors import NonFiniteError
 from permlab.method.base import Method
 from permlab.method.site_methods import SiteMethods
 from permlab.model.base import Backbone
@@ -115,8 +115,8 @@ class Learner(L.LightningModule):
 
     def order_arrays(self) -> dict[str, np.ndarray]:
         """The starting order, and the learned one where there is a single one."""
-        assert isinstance(self.method, Method)
-        arrays = {"start_order": self.method.start_order.cpu().numpy()}
+        start: Any = self.method.start_order
+        arrays = {"start_order": start.cpu().numpy()}
         for order in self.method.orders().values():
             arrays["order"] = order.cpu().numpy()
         return arrays
@@ -132,7 +132,7 @@ class Learner(L.LightningModule):
         Raises:
             ConfigError: if it cannot be written.
         """
-        raise ConfigError(f"export={folder}: task={plan.config['task']['name']} has no export")
+        raise NotImplementedError(f"{type(self).__name__} defines no export")
 
     def describe(self) -> str:
         """What joins the first line of a run: where the method sits, and what of the model it leaves out."""

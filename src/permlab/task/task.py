@@ -6,15 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from permlab.config.effect import Idle
 from permlab.config.plan import Plan
 from permlab.data.spec import DataSpec
 from permlab.task.metric import Metric, Row
 
 if TYPE_CHECKING:
     from permlab.task.learner import Learner
-
-# A dotted key without effect, and the reason.
-Idle = tuple[str, str]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from runs import assemble, configure, train
 
 from permlab.cli import main
+from permlab.task.lm.learner import LmLearner
 
 TEXT = ("task=lm", "data.sequence_length=32", "num_threads=1")
 

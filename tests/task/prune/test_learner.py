@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import permlab.run.story
+import permlab.run.trainer
 import permlab.task.prune.learner
 from permlab.cli import main
 from permlab.errors import ConfigError
@@ -60,7 +61,7 @@ def task_of(*overrides: str) -> PruneLearner:
     trainer.strategy.connect(task)
     task.trainer = trainer
     task.train()
-    task.prepare(data_module(config, config["seed"]))
+    task.prepare(data_module(config, config["seed"]), {})
     for site in task.method.sites:  # off the start, where straight-through orders are the identity
         for parameter in task.method[site.name].parameters():
             nn.init.normal_(parameter, std=0.5)
@@ -98,11 +99,11 @@ def by_hand(task: PruneLearner, samples: dict[str, PermutationSample]) -> dict[s
             if sample.estimator == "straight_through":
                 matrix = order_to_matrix(sample.order).to(matrix.dtype) + (matrix - matrix.detach())
             slots = [score @ matrix.mT for score in scores]
-            unit = task.mask_temperature * torch.cat(slots).detach().mean()
+            unit = task.task.mask_temperature * torch.cat(slots).detach().mean()
             for weight, slot in zip(dense, slots, strict=True):
                 share = (slot / unit).unflatten(-1, (-1, m)).softmax(-1).flatten(-2)
                 keep = nm_mask(slot.detach(), n=n, m=m).to(slot.dtype) + (share - share.detach())
-                if sample.estimator == "relaxed" and task.mix == "weight":
+                if sample.estimator == "relaxed" and task.task.mix == "weight":
                     pruned.append(((weight @ matrix.mT) * keep) @ matrix)
                 else:
                     pruned.append(weight * (keep @ matrix))
@@ -308,14 +309,13 @@ def test_the_present_hard_orders_are_what_is_validated() -> None:
 
 
 @pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
-def test_polishing_ends_below_start_and_learned(pruner: str, tmp_path: Path) -> None:
+def test_polishing_ends_below_start_and_learned(pruner: str) -> None:
     """On the model as it is pruned, with the weights that are kept updated where the pruner does that."""
     task = task_of("method=hybrid", "method.search=none", "method.num_polish_steps=8", f"task.pruner={pruner}")
-    results = task.finish(tmp_path)
+    result = task.finish(lambda: {})
+    results, polished = result.summary, result.arrays["sites"]["polished_loss"]
     better = min(results["prune/calibration_loss_start"], results["prune/calibration_loss_learned"])
     assert results["prune/calibration_loss"] < better * (1 if pruner == "wanda" else 1 + 1e-5)
-    with np.load(tmp_path / "arrays" / "sites.npz", allow_pickle=False) as arrays:
-        polished = arrays["polished_loss"]
     assert polished[0] == pytest.approx(better, rel=1e-4)
     assert polished[-1] == pytest.approx(results["prune/calibration_loss"], rel=1e-3)
     assert (np.diff(polished) <= 0).all()
@@ -326,8 +326,9 @@ def test_polishing_ends_below_start_and_learned(pruner: str, tmp_path: Path) -> 
 
 def sites_of(*words: str) -> dict[str, int]:
     config = configure(words_of("method=fixed", *words))
-    sites, counts, left_dense = fitting_sites(assemble(config).model, config["task"])
-    every = read_sites(assemble(config).model, select=config["task"]["sites"], coupling=config["task"]["coupling"])
+    parts = assemble(config)
+    sites, counts, left_dense = fitting_sites(parts.model, parts.learner.task)
+    every = read_sites(parts.model, select=config["task"]["sites"], coupling=config["task"]["coupling"])
     assert sorted([*(site.name for site in sites), *left_dense]) == sorted(site.name for site in every)
     return {site.kind: count for site, count in zip(sites, counts, strict=True)}
 
@@ -448,8 +449,8 @@ def test_the_saved_weights_are_n_of_m_in_the_saved_order(words: tuple[str, ...],
     state = torch.load(result.run_dir / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     dense = torch.load(dense_of(result) / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     task = result.config["task"]
-    model = assemble(result.config).model
-    sites, _, _ = fitting_sites(model, task)
+    parts = assemble(result.config)
+    sites, _, _ = fitting_sites(parts.model, parts.learner.task)
     pruned = set()
     with np.load(result.run_dir / "arrays" / "orders.npz", allow_pickle=False) as orders:
         assert set(orders) == {site.name for site in sites}
@@ -736,7 +737,7 @@ def test_weights_that_are_not_finite_are_named(monkeypatch: pytest.MonkeyPatch) 
         parts.model.blocks[1].mlp.fc2.weight[0, 0] = torch.nan
     task = parts.learner
     with pytest.raises(ConfigError, match=r"task=prune: the weights of layer blocks\.1\.mlp\.fc2 are not finite"):
-        task.prepare(data_module(config, 0))
+        task.prepare(data_module(config, 0), {})
 
 
 # Interruption
@@ -764,15 +765,15 @@ def test_a_stopped_run_resumes_bit_for_bit(
     whole = study(*words, steps=6)
     assert whole.code == 0, whole.err
     dense = dense_of(whole)
-    callbacks = permlab.run.story._callbacks
-    monkeypatch.setattr(permlab.run.story, "_callbacks", lambda *parts: [*callbacks(*parts), StopAt(5)])
+    callbacks = permlab.run.trainer._callbacks
+    monkeypatch.setattr(permlab.run.trainer, "_callbacks", lambda *parts: [*callbacks(*parts), StopAt(5)])
     stopped = Study(runs / "stopped")
     words = (*words, f"task.dense={dense}")
     first = stopped(*words, steps=6)
     assert first.code == 143, first.err
     assert not (first.run_dir / "DONE").exists()
     spent = torch.load(first.run_dir / "checkpoints" / "last.ckpt", weights_only=True)["seconds"]
-    monkeypatch.setattr(permlab.run.story, "_callbacks", callbacks)
+    monkeypatch.setattr(permlab.run.trainer, "_callbacks", callbacks)
     stopped.found.clear()
     second = stopped(*words, steps=6)
     assert second.code == 0, second.err
