@@ -88,7 +88,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-@pytest.fixture(params=TASKS)
+def in_one_process(task: str, *more: str) -> Any:
+    """A parameter whose tests share the task's finished run, where tests run in parallel."""
+    return pytest.param(task, *more, marks=pytest.mark.xdist_group(f"task={task}"))
+
+
+@pytest.fixture(params=[in_one_process(task) for task in TASKS])
 def finished(request: pytest.FixtureRequest, folder: Path) -> Result:
     """A run of the task, with all that it needs."""
     return _finished(request.param, folder)
@@ -350,7 +355,7 @@ def is_numeric(option: Option) -> bool:
 
 
 NUMERIC = [
-    (task, key)
+    in_one_process(task, key)
     for task in TASKS
     for key, option in component_options("task", component_of(task_class(task))).items()
     if is_numeric(option)
