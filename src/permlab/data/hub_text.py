@@ -56,7 +56,7 @@ class HubText:
         separator: text between two documents.
         tokenizer: `byte`, a local folder, or a name on the hub for `transformers.AutoTokenizer`.
         vocab_size: number of tokens, at least the tokenizer's own; null where it can be read.
-        sequence_length: tokens per sample. Perplexity depends on it.
+        sequence_length: tokens per sample; how well the next one is predicted depends on it.
         on_corrupt: at a line of a local `.jsonl` that holds no document, `stop`, or `skip` it and count it.
             Without effect on `.txt`, which is one document, and on the hub.
     Raises:
@@ -64,7 +64,7 @@ class HubText:
             `vocab_size` is too small for it.
     Source: WikiText-2: Merity et al. 2016, arXiv:1609.07843. C4: Raffel et al. 2020, arXiv:1910.10683.
     Differs from source: a window has sequence_length + 1 tokens and as many predictions as
-        sequence_length; papers on pruning usually predict one less from windows of sequence_length.
+        sequence_length; papers that report on these texts usually predict one less from windows of sequence_length.
     """
 
     kind: ClassVar[str] = "text"

@@ -32,7 +32,7 @@ class Hybrid(Sinkhorn):
     Args:
         site: where the permutation acts.
         search: `reconstruction_search`, `swap_search`, `deal_and_match`, or `none`; `auto` is the
-            first, or the last but one where pruning updates the weights that it keeps.
+            first, or the last but one where the task updates the weights that its mask keeps.
         num_search_swaps: proposals of `reconstruction_search`; without effect on the others.
         num_polish_steps: evaluations of the calibration loss after training, each of a set of swaps; 0 for none.
         temperature, lr, warmup_fraction, freeze_fraction, estimator, num_iters, noise, start,

@@ -1,4 +1,4 @@
-"""A linear time-invariant state-space probe: the smallest model whose accuracy depends on the order."""
+"""A linear time-invariant state-space probe: the smallest model to which the order matters."""
 
 from typing import Annotated, Literal
 
