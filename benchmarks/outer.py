@@ -27,10 +27,7 @@ from torch.nn.functional import cross_entropy
 
 from measure import alternate, facts, median_ratio, processor
 from permlab.cli import main as command_line
-from permlab.cli import resolve
-from permlab.config.build import build
-from permlab.config.identity import run_directory
-from permlab.data.module import DataModule
+from permlab.config.compose import resolve_train
 from permlab.run.assembly import assemble
 from permlab.task.optim import build_optimizer
 
@@ -60,13 +57,11 @@ def methods(batch_size: int = 4) -> Result:
 
 def _training_step(method: str, batch_size: int, images_in: str) -> Callable[[], object]:
     extra = ["method.num_samples=1", "method.baseline=ema"] if method == "reorder" else []
-    config, _ = resolve(
-        "train", ["model=vit_b", "data=image_folder", f"data.root={images_in}", f"method={method}", *extra]
-    )
-    parts = assemble(config)
-    task = build("task", config["task"], parts.spec, parts.model, parts.method, config["optim"], 0)
+    plan, _ = resolve_train(["model=vit_b", "data=image_folder", f"data.root={images_in}", f"method={method}", *extra])
+    parts = assemble(plan)
+    task = parts.learner
     task._is_log_step = lambda: False
-    optimizer, _ = build_optimizer(task.model, task.method, config["optim"], num_steps=100)
+    optimizer, _ = build_optimizer(task.model, task.method, plan.config["optim"], num_steps=100)
     spec = parts.spec
     images = torch.randn(batch_size, spec.channels, spec.height, spec.width)
     labels = torch.randint(spec.num_classes, (batch_size,))
@@ -107,12 +102,12 @@ def harness(num_steps: int = 200) -> Result:
 
 def _bare_loop(words: list[str], num_steps: int) -> float:
     """Seconds of a plain training loop over the same data with the same optimiser."""
-    config, _ = resolve("train", words)
-    parts = assemble(config)
-    data = DataModule(config["data"], 0)
+    plan, _ = resolve_train(words)
+    parts = assemble(plan)
+    data = parts.data
     data.setup("fit")
     loader = data.train_dataloader()
-    optimizer, scheduler = build_optimizer(parts.model, parts.method, config["optim"], num_steps=num_steps)
+    optimizer, scheduler = build_optimizer(parts.model, parts.method, plan.config["optim"], num_steps=num_steps)
     parameters = list(parts.model.parameters())
     began, done = time.perf_counter(), 0
     while done < num_steps:
@@ -139,7 +134,7 @@ def _fit_seconds(words: list[str], num_steps: int) -> float:
         ]
         if command_line("train", words):
             raise RuntimeError(f"train.py {' '.join(words)} failed")
-        summary = json.loads((run_directory(resolve("train", words)[0]) / "summary.json").read_text())
+        summary = json.loads((resolve_train(words)[0].directory / "summary.json").read_text())
     return summary["train/seconds"]
 
 
@@ -210,7 +205,7 @@ def _rank_seconds(words: list[str], num_steps: int) -> float:
         last = [f"trainer.max_steps={num_steps}", f"trainer.val_check_interval={num_steps}", f"paths.runs={folder}"]
         words = [*words, *last, "data.batch_size=128"]
         _command("train.py", *words)
-        return json.loads((run_directory(resolve("train", words)[0]) / "summary.json").read_text())["train/seconds"]
+        return json.loads((resolve_train(words)[0].directory / "summary.json").read_text())["train/seconds"]
 
 
 # One block of a 7B model
@@ -236,7 +231,7 @@ def block(num_steps: int = 4) -> Result:
             f"paths.runs={folder}", "logger.mode=disabled",
         ]  # fmt: skip
         seconds, _ = _command("train.py", *words)
-        run_dir = run_directory(resolve("train", words)[0])
+        run_dir = resolve_train(words)[0].directory
         summary = json.loads((run_dir / "summary.json").read_text())
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     step = summary["train/seconds"] / num_steps

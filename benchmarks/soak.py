@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from permlab.cli import main as command_line
 from permlab.config.schema import CONF
 from permlab.record.checkpoint import newest_state
 from permlab.record.rundir import is_done, read_metrics, read_summary
@@ -77,7 +78,7 @@ def _start(arguments: list[str], log: str, driver: int) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    _job("train", str(CONF.parent / "train.py"), arguments, dict(os.environ), driver)
+    _job(command_line, "train", str(CONF.parent / "train.py"), arguments, dict(os.environ), driver)
 
 
 def kill(pid: int, name: str) -> None:

@@ -227,6 +227,8 @@ def class_constant(path: Path, class_name: str, name: str) -> Any:
 
 def choices(type_: Any) -> list[Any]:
     """Every literal choice a type allows, for suggestions; empty where it is open."""
+    if get_origin(type_) is Annotated:
+        return choices(get_args(type_)[0])
     if get_origin(type_) is Literal:
         return list(get_args(type_))
     if get_origin(type_) in (Union, UnionType):

@@ -359,7 +359,7 @@ def test_the_missing_package_is_named_before_anything_is_loaded(monkeypatch) -> 
 
 
 def settings(*words: str) -> dict:
-    return resolve_train(["task=lm", "model=llama_nano", *words])[0]["data"]
+    return dict(resolve_train(["task=lm", "model=llama_nano", *words])[0].config["data"])
 
 
 def test_files_of_the_configuration_compose(hub, tmp_path: Path) -> None:

@@ -412,6 +412,7 @@ def test_a_signal_before_or_after_training_ends_the_run(
     same(resumed, whole)
 
 
+@pytest.mark.alone
 def test_workers_outlive_a_signal_that_everyone_gets(tmp_path: Path, at, whole: Result) -> None:
     """As SLURM sends it: the workers have it before the run has saved."""
 

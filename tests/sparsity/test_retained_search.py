@@ -274,6 +274,7 @@ def load_benchmark():
     return benchmark
 
 
+@pytest.mark.alone
 def test_benchmark_rows(monkeypatch):
     for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
         monkeypatch.setenv(name, "1")

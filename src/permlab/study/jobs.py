@@ -123,7 +123,7 @@ def _passing_on(running: dict[Any, tuple[int, BaseProcess]]) -> Iterator[None]:
     """SIGTERM goes to the jobs. Ctrl-C reaches them by itself; they save and end, and are waited for."""
 
     def pass_on(*_: Any) -> None:
-        for _, process in running.values():
+        for _index, process in running.values():
             process.terminate()
 
     handlers: dict[int, Any] = {signal.SIGTERM: pass_on, signal.SIGINT: lambda *_: None}
