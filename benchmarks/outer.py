@@ -62,7 +62,7 @@ def _training_step(method: str, batch_size: int, images_in: str) -> Callable[[],
     task = parts.learner
     task._is_log_step = lambda: False
     optimizer, _ = build_optimizer(task.model, task.method, plan.config["optim"], num_steps=100)
-    spec = parts.spec
+    spec = plan.spec
     images = torch.randn(batch_size, spec.channels, spec.height, spec.width)
     labels = torch.randint(spec.num_classes, (batch_size,))
     parts.method.train()

@@ -1,13 +1,12 @@
 """Two processes (gloo): ranks agree on order, temperature, baseline and run directory."""
 
 import json
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from ranks import fork, launch
 
 from permlab.cli import main
 from permlab.record.checkpoint import newest_state
@@ -15,52 +14,8 @@ from permlab.record.rundir import read_metrics
 from soak import compare
 
 # Run by both ranks: the real command line, with a callback that compares the ranks after every batch.
-SCRIPT = """
-import os
-import signal
-import sys
-import lightning as L
-import torch
-import permlab.run.story
-import permlab.run.trainer
-from permlab.cli import main
-
-torch.set_num_threads(1)
-
-
-class Compare(L.Callback):
-    def on_train_batch_start(self, trainer, pl_module, *_):
-        due = [key for key, value in os.environ.items() if key.endswith("_AT") and value == str(trainer.global_step)]
-        if trainer.global_rank == 1 and "DIE_AT" in due:
-            open(os.environ["DIED"], "w").close()
-            os.kill(os.getpid(), signal.SIGKILL)
-        if trainer.global_rank == 1 and "DRIFT_AT" in due:
-            pl_module.method.logits.data[-1] += 100
-        if trainer.global_rank == 1 and "NAN_AT" in due:
-            pl_module.model.head.weight.data.fill_(float("nan"))
-        if trainer.global_rank == 0 and "STOP_AT" in due:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        if "DRIFT_AT" in os.environ or "NAN_AT" in os.environ:
-            return
-        method = pl_module.method
-        state = {name: value.tolist() for name, value in method.state_dict().items()}
-        mine = [method.best().tolist(), method.temperature, method.phase, state, str(trainer.default_root_dir)]
-        weights = [parameter.sum().item() for parameter in pl_module.parameters()]
-        everyone = [None, None]
-        torch.distributed.all_gather_object(everyone, [mine, weights])
-        assert everyone[0] == everyone[1], everyone
-        if trainer.global_rank == 0:
-            print("agree", trainer.global_step, flush=True)
-
-
-build = permlab.run.trainer._callbacks
-permlab.run.trainer._callbacks = lambda *parts: [*build(*parts), Compare()]
-if __name__ == "__main__":
-    sys.exit(main("train", sys.argv[1:]))
-"""
-
+# They share a pair of trainings.
+pytestmark = pytest.mark.xdist_group("ddp")
 
 WORDS = [
     *["trainer.max_steps=6", "trainer.log_every_n_steps=1", "logger.mode=disabled", "checkpoint.every_n_steps=2"],
@@ -69,11 +24,9 @@ WORDS = [
 RANKS = ["trainer=ddp", "trainer.accelerator=cpu", "data.batch_size=32"]
 
 
-def run_ranks(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    (folder / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    command = [sys.executable, str(folder / "script.py"), *RANKS, *WORDS, *words, f"paths.runs={folder / 'runs'}"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=240)
+def run_ranks(folder: Path, *words: str, launched: bool = False, **variables: str) -> subprocess.CompletedProcess[str]:
+    start = launch if launched else fork
+    return start([*RANKS, *WORDS, *words, f"paths.runs={folder / 'runs'}"], folder, variables)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +96,11 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
 def test_a_rank_that_dies_or_errs_ends_the_run_with_one_line_and_a_whole_state(
     variable: str, message: str, tmp_path: Path
 ) -> None:
-    process = run_ranks(tmp_path, "task.control=false", **{variable: "4", "DIED": str(tmp_path / "died")})
+    # Those that Lightning has started are ended by it and by us.
+    launched = variable == "DIE_AT"
+    process = run_ranks(
+        tmp_path, "task.control=false", launched=launched, **{variable: "4", "DIED": str(tmp_path / "died")}
+    )
     assert process.returncode == 1, process.stderr[-3000:]
     if variable == "DIE_AT":
         assert time.time() - (tmp_path / "died").stat().st_mtime < 60
