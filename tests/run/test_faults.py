@@ -412,6 +412,27 @@ def test_a_signal_before_or_after_training_ends_the_run(
     same(resumed, whole)
 
 
+def test_a_signal_that_a_library_takes_for_an_error_is_an_interruption(
+    tmp_path: Path, whole: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a drawing does whose callback is called from C."""
+
+    def draw(run_dir: Path) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException as error:
+            raise ValueError("invalid matrix") from error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(permlab.run.story, "draw_all", draw)
+        result = train(tmp_path, *OPTIONS, steps=STEPS)
+    assert result.code == 143, result.err
+    assert not (result.run_dir / "FAILED").exists()
+    resumed = train(tmp_path, *OPTIONS, steps=STEPS)
+    assert resumed.code == 0, resumed.err
+    same(resumed, whole)
+
+
 @pytest.mark.alone
 def test_workers_outlive_a_signal_that_everyone_gets(tmp_path: Path, at, whole: Result) -> None:
     """As SLURM sends it: the workers have it before the run has saved."""

@@ -15,6 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from permlab.errors import ConfigError, RunError
 
+# Those by which a run is asked to stop.
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class Batchable(Protocol):
     """A map-style dataset that fetches a whole batch at once.
@@ -80,12 +83,11 @@ def data_errors() -> Iterator[None]:
 
 def _leave_signals_to_the_run(worker: int) -> None:
     """Schedulers and Ctrl-C signal every process of a job; the run still needs its workers until it has saved."""
-    numbers = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
     def obey_the_run() -> None:
         while True:
-            received = signal.sigwaitinfo(numbers)
+            received = signal.sigwaitinfo(SIGNALS)
             if received.si_pid == os.getppid() and received.si_signo == signal.SIGTERM:
                 os._exit(0)
 
@@ -189,7 +191,12 @@ class Loader:
             generator=generator,
             worker_init_fn=_leave_signals_to_the_run,
         )
-        return iter(loader)
+        # Workers are born with the signals blocked: a library may start a thread in them before we can.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            return iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "num_consumed": self.num_consumed}

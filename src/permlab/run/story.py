@@ -87,6 +87,8 @@ def run_once(plan: Plan, *, announce: bool = False) -> Summary:
         except Interrupted:
             raise
         except BaseException as error:
+            if STOP.received:  # a library took the interruption for an error of its own
+                raise Interrupted(STOP.received) from error
             fail_run(run_dir, f"{type(error).__name__}: {error}")
             raise
     return summary
