@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
-# Tests run in as many processes as there are cores; WORKERS=0 runs them in one.
+# Tests run in as many processes as there are cores, those of a file in one; WORKERS=0 runs all in one.
 WORKERS ?= auto
 # Compiled modules are kept whatever the shell says: without them every process compiles all libraries anew.
 export PYTHONDONTWRITEBYTECODE :=
@@ -27,10 +27,10 @@ train: $(STAMP)  ## learn a patch order on handwritten digits, with its controls
 	@$(BIN)/python train.py $(ARGS)
 
 test: $(STAMP)  ## run the tests (ARGS="tests/ops -k sinkhorn" for some)
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-all: $(STAMP)  ## run the tests with all of what is long by nature: mutated inputs, kills, every combination
-	@PERMLAB_TESTS=all $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --timeout 1800 $(ARGS)
+	@PERMLAB_TESTS=all $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --timeout 1800 $(ARGS)
 
 sweep: $(STAMP)  ## run the grid of sweeps/NAME.yaml, or go on with it (NAME=prune_digits_1_pruners)
 	@$(BIN)/python -m permlab.sweep $(NAME) $(ARGS)

@@ -3,11 +3,13 @@
 import contextlib
 import io
 import json
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import yaml
 
 from permlab.cli import main
@@ -63,3 +65,14 @@ def data_module(config: Mapping[str, Any], seed: int = 0) -> Any:
     from permlab.data.module import DataModule
 
     return DataModule(plan_of(config).data, config["data"], seed)
+
+
+class StopAt(L.Callback):
+    """Pretends that a signal arrives during a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
+        if trainer.global_step + 1 == self.step:
+            signal.raise_signal(signal.SIGTERM)

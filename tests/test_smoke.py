@@ -52,7 +52,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-@pytest.mark.xdist_group("dense")
 @pytest.mark.parametrize(("model", "method"), pairs(PRUNED, METHODS))
 def test_backbones_are_pruned_with_methods(model: str, method: str, runs: Path) -> None:
     options = ["task=prune", "task.dense_steps=2", "task.num_samples=32", "task.num_groups=2"]

@@ -48,17 +48,26 @@ def main(name: str, arguments: Sequence[str] | None = None) -> int:
             raise
         print(redact(f"error: {error.filename2 or error.filename}: {error.strerror}"), file=sys.stderr)
         return RunError.exit_code
-    except RuntimeError as error:
-        # torch raises this wherever the main thread happens to be when a worker process is gone.
-        if "DataLoader worker" not in str(error) or os.environ.get("PERMLAB_DEBUG") == "1":
+    except Exception as error:
+        dead = _dead_worker(error)
+        if dead is None or os.environ.get("PERMLAB_DEBUG") == "1":
             raise
         from permlab.data.loader import worker_died
 
-        print(f"error: {worker_died(error)}", file=sys.stderr)
+        print(f"error: {worker_died(dead)}", file=sys.stderr)
         return RunError.exit_code
     except KeyboardInterrupt:
         print("error: interrupted by signal 2", file=sys.stderr)
         return 130
+
+
+def _dead_worker(error: BaseException | None) -> RuntimeError | None:
+    """What torch raises, wherever the main thread happens to be, when a worker process is gone; some code wraps it."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _one_line(error: BaseException) -> str:

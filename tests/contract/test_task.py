@@ -11,7 +11,6 @@ import functools
 import json
 import math
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from runs import SHORT, Result, train
+from runs import SHORT, Result, StopAt, train
 
 import permlab.run.companion
 import permlab.run.story
@@ -88,12 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-def in_one_process(task: str, *more: str) -> Any:
-    """A parameter whose tests share the task's finished run, where tests run in parallel."""
-    return pytest.param(task, *more, marks=pytest.mark.xdist_group(f"task={task}"))
-
-
-@pytest.fixture(params=[in_one_process(task) for task in TASKS])
+@pytest.fixture(params=TASKS)
 def finished(request: pytest.FixtureRequest, folder: Path) -> Result:
     """A run of the task, with all that it needs."""
     return _finished(request.param, folder)
@@ -296,21 +290,13 @@ def test_it_has_a_report_and_rows_in_tables(finished: Result, tmp_path: Path) ->
 # Resuming
 
 
-class StopAt(L.Callback):
-    """Pretends that a signal arrives during a step."""
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
-        if trainer.global_step + 1 == STOP:
-            signal.raise_signal(signal.SIGTERM)
-
-
 def test_a_stopped_run_resumes_bit_for_bit(finished: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = (f"task={plan_in(finished).config['task']['name']}", *WORDS)
     build = permlab.run.trainer._callbacks
 
     def with_stop(plan: Plan, parts: Any) -> list[L.Callback]:
         is_asked_for = plan.directory.relative_to(tmp_path) == finished.run_dir.relative_to(finished.run_dir.parents[2])
-        return [*build(plan, parts), *([StopAt()] if is_asked_for else [])]
+        return [*build(plan, parts), *([StopAt(STOP)] if is_asked_for else [])]
 
     monkeypatch.setattr(permlab.run.trainer, "_callbacks", with_stop)
     stopped = train(tmp_path, *words, steps=STEPS)
@@ -355,7 +341,7 @@ def is_numeric(option: Option) -> bool:
 
 
 NUMERIC = [
-    in_one_process(task, key)
+    (task, key)
     for task in TASKS
     for key, option in component_options("task", component_of(task_class(task))).items()
     if is_numeric(option)

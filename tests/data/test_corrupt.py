@@ -153,6 +153,22 @@ def test_a_worker_that_dies_ends_the_run_with_one_line(
     assert result.err.count("\n") == 1
 
 
+def test_a_worker_that_dies_while_other_code_is_busy_ends_the_run_with_that_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def busy(plan: object) -> None:
+        try:
+            raise RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. ")
+        except RuntimeError as error:
+            raise TypeError("invalid code") from error
+
+    monkeypatch.setattr("permlab.run.story.train", busy)
+    assert main("train", [f"paths.runs={tmp_path}"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: data: a worker process died")
+    assert err.count("\n") == 1
+
+
 # Text
 
 

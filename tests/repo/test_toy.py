@@ -14,9 +14,6 @@ from pathlib import Path
 
 import pytest
 
-# All tests share one training, also where tests run in parallel.
-pytestmark = pytest.mark.xdist_group("toy")
-
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ROOT / "tests" / "toy"
 WORDS = ("task=sort_numbers", "logger.mode=disabled", "trainer.max_steps=100")

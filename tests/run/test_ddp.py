@@ -14,8 +14,6 @@ from permlab.record.rundir import read_metrics
 from soak import compare
 
 # Run by both ranks: the real command line, with a callback that compares the ranks after every batch.
-# They share a pair of trainings.
-pytestmark = pytest.mark.xdist_group("ddp")
 
 WORDS = [
     *["trainer.max_steps=6", "trainer.log_every_n_steps=1", "logger.mode=disabled", "checkpoint.every_n_steps=2"],

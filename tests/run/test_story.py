@@ -2,14 +2,13 @@
 
 import math
 import re
-import signal
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
-from runs import Result, train
+from runs import Result, StopAt, train
 from scale import FULL
 
 import permlab.run.evaluation
@@ -128,17 +127,6 @@ def test_every_checkpoint_loads_without_unpickling(finished: Result) -> None:
     for path in paths:
         state = torch.load(path, weights_only=True)["state_dict"]
         assert any(name.startswith("method.") for name in state)
-
-
-class StopAt(L.Callback):
-    """Pretends that a signal arrives during a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
-        if trainer.global_step + 1 == self.step:
-            signal.raise_signal(signal.SIGTERM)
 
 
 STOPS = [(20, 5, 0), (80, 33, 0), (80, 66, 2)]

@@ -1,9 +1,11 @@
 """Validation of what `eval.py` is asked for."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from permlab.config.schema import EvaluationKeys
 from permlab.errors import ConfigError, nearest
 
 
@@ -13,8 +15,8 @@ def check_evaluation(config: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         ConfigError: with every problem found.
     """
-    valid = ("run", "split", "upload", "export", "sparse")
-    problems = [f"{key}={config[key]}: unknown key{nearest(key, [*valid])}" for key in config if key not in valid]
+    valid = [field.name for field in fields(EvaluationKeys)]
+    problems = [f"{key}={config[key]}: unknown key{nearest(key, valid)}" for key in config if key not in valid]
     run, split, upload, export, sparse = (config.get(key) for key in valid)
     if run == "???":
         problems.append("run: missing, expected a run directory")

@@ -5,6 +5,7 @@ Both show the rows that the runs' task names; see `permlab.task.metric.Row`.
 
 import csv
 import io
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,10 +62,8 @@ def job_table(jobs: Sequence[Job], plans: Sequence[Plan | None], codes: Sequence
     columns = [row for row in tasks[0].rows if row.format is None] if tasks else []
     lines = [[f"test {tasks[0].metric.title}" if tasks else "", *(row.heading for row in columns)]]
     for job, run, code in zip(jobs, runs, codes, strict=True):
-        failed = [f"failed (exit {code})", *[""] * (len(columns) - 1)][: max(1, len(columns))]
-        cells = failed if run is None else [_cell([run], row.key) for row in columns]
+        cells = [f"failed (exit {code})"] if run is None else [_cell([run], row.key) for row in columns]
         lines.append([_label(job, swept), *cells])
-    lines[0] += [""] * (1 if not columns else 0)
     for group in by_configuration([run for run in runs if run is not None]):
         if len(group) > 1:
             job = jobs[next(index for index, run in enumerate(runs) if run is group[0])]
@@ -85,8 +84,8 @@ def _cell(group: Sequence[Finished], key: str) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
     return "\n".join(lines)
 
 

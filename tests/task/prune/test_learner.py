@@ -3,7 +3,6 @@
 import copy
 import math
 import re
-import signal
 from pathlib import Path
 
 import lightning as L
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import SHORT, Result, assemble, configure, data_module, train
+from runs import SHORT, Result, StopAt, assemble, configure, data_module, train
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -741,17 +740,6 @@ def test_weights_that_are_not_finite_are_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 # Interruption
-
-
-class StopAt(L.Callback):
-    """Pretends that a signal arrives during a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
-        if trainer.global_step + 1 == self.step:
-            signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.mark.parametrize(
