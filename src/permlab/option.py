@@ -135,6 +135,20 @@ class Where(Rule):
         return f"{self._needed()} with `{self.other}={self.value}`"
 
 
+@dataclass(frozen=True)
+class AddedLater(Mark):
+    """The option is newer than its component, which computes with this value what it did without the option.
+
+    The digest of a run leaves the option out where it has this value, and the files of a run without it are
+    read as if they had it, so that runs of earlier versions keep their names and are found again.
+
+    Args:
+        value: as it stands in a configuration.
+    """
+
+    value: Any
+
+
 class ItemSide(Mark):
     """The option is a factor of the side of an item, in pixels: the items of an image form a grid by them."""
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from permlab.config.schema import constant
+from permlab.config.schema import GROUPS, added_later, constant
 
 # Where a run is made, not what it computes: left out of the hash that names the run.
 MACHINE_KEYS = (
@@ -44,6 +44,11 @@ def digest(config: Mapping[str, Any]) -> str:
         for parent in parents:
             node = node[parent]
         node.pop(key, None)
+    for group in ("", *GROUPS):
+        settings = reduced.get(group, {}) if group else reduced
+        for key, value in added_later(group, settings.get("component")).items():
+            if key in settings and settings[key] == value:
+                del settings[key]
     return hashlib.sha256(json.dumps(reduced, sort_keys=True).encode()).hexdigest()[:8]
 
 

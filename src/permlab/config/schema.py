@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from permlab.errors import ConfigError, nearest
 from permlab.option import (
+    AddedLater,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -105,8 +106,9 @@ class TrainerKeys:
     gradient_clip_val: NonNegativeFloat | None
     log_every_n_steps: PositiveInt
     val_check_interval: PositiveInt | Fraction | None
-    on_nonfinite: Literal["stop", "skip"]  # at NaN or infinity: end the run, or leave out that optimiser step
-    max_skips: NonNegativeInt  # optimiser steps that may be left out
+    # At NaN or infinity: end the run, or leave out that optimiser step.
+    on_nonfinite: Annotated[Literal["stop", "skip"], AddedLater("stop")]
+    max_skips: Annotated[NonNegativeInt, AddedLater(10)]  # optimiser steps that may be left out
 
 
 @dataclass
@@ -219,6 +221,14 @@ def schema(group: str, component: str | None) -> dict[str, Option]:
     if group == "trainer":
         own |= {key: option for key, option in _lightning_options().items() if key not in own}
     return own
+
+
+def added_later(group: str, component: str | None) -> dict[str, Any]:
+    """Values, by key, that stand for options which runs of earlier versions do not have; see `AddedLater`."""
+    marks: dict[str, list[AddedLater]] = {
+        key: option.marks(AddedLater) for key, option in schema(group, component).items()
+    }
+    return {key: found[0].value for key, found in marks.items() if found}
 
 
 @cache

@@ -3,12 +3,13 @@
 import zipfile
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from permlab.config.check import plan_of
 from permlab.config.plan import Plan
+from permlab.config.schema import COMPONENT_GROUPS, GROUPS, added_later, is_component
 from permlab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
 # What NumPy raises for a file that is no .npz, or one that is cut short, garbled, or holds pickled objects.
 UNREADABLE_ARRAYS = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
-# Keys of the trainer that runs of earlier versions do not have.
-ADDED_LATER = {"on_nonfinite": "stop", "max_skips": 10}
 
 
 def read_plan(run_dir: Path) -> Plan:
@@ -34,13 +33,22 @@ def read_plan(run_dir: Path) -> Plan:
         raise ConfigError(f"{run_dir}: no readable config.yaml ({type(error).__name__})") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{run_dir}: config.yaml holds no keys")
-    if isinstance(config.get("trainer"), dict):
-        config["trainer"] = ADDED_LATER | config["trainer"]
+    _add_later_options(config)
     try:
         # Where the run resumed from may be gone, and matters no more.
         return plan_of(config | {"ckpt_path": None}, run_dir)
     except ConfigError as error:
         raise ConfigError([f"{run_dir / 'config.yaml'}: {problem}" for problem in error.problems]) from error
+
+
+def _add_later_options(config: dict[str, Any]) -> None:
+    """Fill in the options that the version which wrote a configuration did not have."""
+    for group in ("", *GROUPS):
+        settings = config.get(group) if group else config
+        component = settings.get("component") if isinstance(settings, dict) else None
+        if isinstance(settings, dict) and (group not in COMPONENT_GROUPS or is_component(group, component)):
+            for key, value in added_later(group, component).items():
+                settings.setdefault(key, value)
 
 
 def read_arrays(path: Path) -> "dict[str, np.ndarray]":
