@@ -6,6 +6,7 @@ import json
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from permlab.cli import main
 from permlab.config.check import plan_of
 from permlab.config.compose import resolve_train
 
-SHORT = ("logger.mode=disabled", "data.batch_size=32")
+# Drawing takes four times as long as these runs: a test that looks at the pictures asks for them.
+SHORT = ("logger.mode=disabled", "data.batch_size=32", "figures=false")
 
 
 @dataclass
@@ -24,7 +26,11 @@ class Result:
     code: int
     out: str
     err: str
-    run_dir: Path
+    where: Path | Sequence[str]
+
+    @cached_property
+    def run_dir(self) -> Path:
+        return self.where if isinstance(self.where, Path) else resolve_train(self.where)[0].directory
 
     @property
     def summary(self) -> dict[str, float]:
@@ -45,7 +51,7 @@ def train(runs: Path, *overrides: str, steps: int = 2) -> Result:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main("train", words)
-    return Result(code, out.getvalue(), err.getvalue(), resolve_train(words)[0].directory)
+    return Result(code, out.getvalue(), err.getvalue(), words)
 
 
 def configure(words: Sequence[str]) -> dict[str, Any]:

@@ -16,7 +16,13 @@ from soak import compare
 # Run by both ranks: the real command line, with a callback that compares the ranks after every batch.
 
 WORDS = [
-    *["trainer.max_steps=6", "trainer.log_every_n_steps=1", "logger.mode=disabled", "checkpoint.every_n_steps=2"],
+    *[
+        "trainer.max_steps=6",
+        "trainer.log_every_n_steps=1",
+        "logger.mode=disabled",
+        "checkpoint.every_n_steps=2",
+        "figures=false",
+    ],
     *["method=reorder", "method.baseline=ema", "method.num_samples=2", "method.warmup_fraction=0.2"],
 ]
 RANKS = ["trainer=ddp", "trainer.accelerator=cpu", "data.batch_size=32"]

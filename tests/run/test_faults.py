@@ -234,7 +234,8 @@ def test_a_real_full_disk_and_a_read_only_one(tmp_path: Path) -> None:
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("this system lets nobody mount a file system of their own")
     words = ["logger.mode=disabled", "task.control=false", "trainer.max_steps=20", "checkpoint.every_n_steps=2"]
-    command = ["unshare", "-rm", sys.executable, "-c", FULL_DISK, str(tmp_path), *words, "checkpoint.keep=9"]
+    words += ["checkpoint.keep=9", "figures=false"]
+    command = ["unshare", "-rm", sys.executable, "-c", FULL_DISK, str(tmp_path), *words]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
     lines = [line for line in ended.stderr.splitlines() if line.startswith(("error", "exit"))]
     assert lines[0].startswith("error: cannot write "), ended.stderr[-2000:]
@@ -402,7 +403,7 @@ def test_a_signal_before_or_after_training_ends_the_run(
     }
     with monkeypatch.context() as patch:
         patch.setattr(*where[stage], stop)
-        result = train(tmp_path, *OPTIONS, steps=STEPS)
+        result = train(tmp_path, *OPTIONS, "figures=true", steps=STEPS)
     assert result.code == code
     assert result.err == f"error: interrupted by signal {number}; the same command goes on from here\n"
     assert not (result.run_dir / "DONE").exists()
@@ -425,7 +426,7 @@ def test_a_signal_that_a_library_takes_for_an_error_is_an_interruption(
 
     with monkeypatch.context() as patch:
         patch.setattr(permlab.run.story, "draw_all", draw)
-        result = train(tmp_path, *OPTIONS, steps=STEPS)
+        result = train(tmp_path, *OPTIONS, "figures=true", steps=STEPS)
     assert result.code == 143, result.err
     assert not (result.run_dir / "FAILED").exists()
     resumed = train(tmp_path, *OPTIONS, steps=STEPS)

@@ -260,6 +260,7 @@ def test_no_file_and_no_output_of_a_run_holds_a_secret(tmp_path: Path) -> None:
     """A real process with W&B's own files, offline, and with W&B failing to go online."""
     pytest.importorskip("wandb")
     words = ["task.control=false", "trainer.max_steps=2", f"paths.runs={tmp_path / 'runs'}", "logger.mode=offline"]
+    words += ["figures=false"]
     environment = {**os.environ, "WANDB_API_KEY": WANDB_KEY, "HF_TOKEN": HF_TOKEN, "HOME": str(tmp_path / "home")}
     environment |= {"WANDB_MODE": "offline", "SOME_PASSWORD": "correct horse battery"}
     (tmp_path / "home").mkdir()

@@ -6,10 +6,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import pytest
+
 import soak
 
 
-def test_runs_that_are_killed_end_as_one_that_was_not(tmp_path: Path) -> None:
+def test_runs_that_are_killed_end_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "COMMON", (*soak.COMMON, "figures=false"))  # `make soak` draws them
     result = soak.soak("train", tmp_path, 4, random.Random(0))
     assert result.problems == []
     assert sum(result.kills.values()) == 4

@@ -22,7 +22,7 @@ STEPS = 48
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    return train(tmp_path_factory.mktemp("runs"), "trainer.log_every_n_steps=1", steps=STEPS)
+    return train(tmp_path_factory.mktemp("runs"), "trainer.log_every_n_steps=1", "figures=true", steps=STEPS)
 
 
 def test_a_run_reports_control_learned_and_refit(finished: Result) -> None:
@@ -97,6 +97,18 @@ def test_eval_prints_the_same_numbers(finished: Result, capsys: pytest.CaptureFi
     for name, value in printed.items():
         assert float(value) == pytest.approx(finished.summary[name], abs=1e-6)
     assert out.splitlines()[-1] == f"run: {finished.run_dir}"
+
+
+def test_pictures_can_wait_and_are_drawn_from_the_files_of_the_run(
+    finished: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(tmp_path, "task.control=false")
+    assert run.run_dir.name == train(tmp_path, "task.control=false", "figures=true").run_dir.name, "the same run"
+    assert not (run.run_dir / "figures").exists()
+    assert main("eval", [f"run={run.run_dir}", "figures=true"]) == 0
+    drawn = re.findall(r"^picture: (.+)$", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(drawn) == sorted(str(path) for path in (run.run_dir / "figures").iterdir())
+    assert run.run_dir / "figures" / "order.png" in map(Path, drawn)
 
 
 def test_eval_uploads_a_finished_run(

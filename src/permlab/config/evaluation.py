@@ -17,7 +17,7 @@ def check_evaluation(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     valid = [field.name for field in fields(EvaluationKeys)]
     problems = [f"{key}={config[key]}: unknown key{nearest(key, valid)}" for key in config if key not in valid]
-    run, split, upload, export, sparse = (config.get(key) for key in valid)
+    run, split, upload, figures, export, sparse = (config.get(key) for key in valid)
     if run == "???":
         problems.append("run: missing, expected a run directory")
     elif not Path(str(run), "config.yaml").is_file():
@@ -26,7 +26,7 @@ def check_evaluation(config: Mapping[str, Any]) -> Mapping[str, Any]:
         problems.append(f"run={run}: no checkpoints/best.ckpt; the run has not validated yet")
     if split not in ("val", "test"):
         problems.append(f"split={split}: expected val or test{nearest(split, ['val', 'test'])}")
-    for key, value in (("upload", upload), ("sparse", sparse)):
+    for key, value in (("upload", upload), ("figures", figures), ("sparse", sparse)):
         if not isinstance(value, bool):
             problems.append(f"{key}={value}: expected true or false")
     if sparse is True and export is None:

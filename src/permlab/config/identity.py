@@ -15,6 +15,7 @@ MACHINE_KEYS = (
     "force",
     "num_threads",
     "ckpt_path",
+    "figures",
     "paths",
     "checkpoint",
     "logger",

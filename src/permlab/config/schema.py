@@ -142,6 +142,7 @@ class RootKeys:
     force: bool
     num_threads: PositiveInt | None
     ckpt_path: Verbatim | None
+    figures: Annotated[bool, AddedLater(True)]
 
 
 @dataclass
@@ -151,6 +152,7 @@ class EvaluationKeys:
     run: Verbatim
     split: Literal["val", "test"]
     upload: bool
+    figures: bool
     export: Verbatim | None
     sparse: bool
 

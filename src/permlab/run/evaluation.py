@@ -8,6 +8,7 @@ from typing import Any
 from permlab.config.plan import Plan
 from permlab.config.schema import components, constant
 from permlab.errors import ConfigError
+from permlab.figure.draw import draw_all
 from permlab.record.checkpoint import load_weights
 from permlab.record.stored import read_plan
 from permlab.record.tracking import replay
@@ -22,7 +23,8 @@ def evaluate(config: Mapping[str, Any]) -> Summary:
 
     Args:
         config: `run`, a run directory; `split`; `export`, a folder to write the model to, or None;
-            `sparse`, whether to time it as semi-structured; `upload`, whether to send its files to W&B.
+            `sparse`, whether to time it as semi-structured; `figures`, whether to draw the run's pictures
+            anew; `upload`, whether to send its files to W&B.
     Raises:
         ConfigError: if the run's checkpoint or dataset cannot be read, or export or upload fail.
     """
@@ -42,6 +44,9 @@ def evaluate(config: Mapping[str, Any]) -> Summary:
     if config["export"]:
         before = {name: companion_directory(plan, c) for name, c in plan.task.before(plan).items()}
         parts.learner.export(Path(config["export"]), plan, parts.data, before, sparse=config["sparse"])
+    if config["figures"]:
+        for path in draw_all(run_dir):
+            print(f"picture: {path}")
     if config["upload"]:
         _upload(run_dir)
     print(f"run: {run_dir}")

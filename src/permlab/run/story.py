@@ -172,7 +172,7 @@ def _fit_and_finish(plan: Plan, parts: Assembly, before: Mapping[str, Path]) -> 
     if is_rank_zero():
         _write(run_dir, result)
         write_json(run_dir / "summary.json", summary)  # last: a run that has it is not trained again
-        logger.mirror_results(summary, draw_all(run_dir))
+        logger.mirror_results(summary, draw_all(run_dir) if plan.config["figures"] else [])
     logger.finalize("success")
     return summary
 

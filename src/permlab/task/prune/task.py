@@ -19,7 +19,7 @@ TRAINER_KEYS = (
     *("accelerator", "strategy", "devices", "num_nodes", "precision", "enable_progress_bar"),
     *("on_nonfinite", "max_skips"),
 )
-SHARED = ("seed", "paths", "checkpoint", "num_threads", "logger")
+SHARED = ("figures", "seed", "paths", "checkpoint", "num_threads", "logger")
 # Options of the loss, idle where nothing is learned.
 LOSS_OPTIONS = ("task_weight", "kl_weight", "distill_weight", "distill_kind", "distill_over", "mask_temperature", "mix")
 # Settings that name the dense model.
