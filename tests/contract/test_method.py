@@ -287,7 +287,9 @@ def test_gradients_agree_with_finite_differences(preset):
         sample = functional_call(method, dict(zip(names, parameters, strict=True)), (items,), {"generator": seeded(0)})
         return tuple(part for part in (sample.soft, sample.log_prob) if part is not None)
 
-    assert torch.autograd.gradcheck(outputs, tuple(method.parameters()))
+    # Of a network's hundreds of parameters, random directions are tried in place of each.
+    many = sum(parameter.numel() for parameter in method.parameters()) > 40
+    assert torch.autograd.gradcheck(outputs, tuple(method.parameters()), fast_mode=many)
 
 
 @pytest.mark.parametrize("preset", LEARNED)
@@ -446,7 +448,7 @@ def test_chance_does_not_depend_on_item_numbers(preset):
     for order in (start, invert(relabel)[start]):
         method = make(preset, order.tolist(), **counts(preset, num_iters=1, num_samples=100))
         method.temperature = 0.5
-        drawn.append(frequencies(method, items_of(3), 2000)[0])
+        drawn.append(frequencies(method, items_of(3), 500)[0])
     first = Counter({tuple(invert(relabel)[list(order)].tolist()): count for order, count in drawn[0].items()})
     orders = sorted(first | drawn[1])
     table = [[count[order] for order in orders] for count in (first, drawn[1])]

@@ -1,7 +1,10 @@
 """Compiled kernels: machine code is kept, but not beyond the code that it was made from."""
 
+import fcntl
 import importlib.util
+import time
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from numba import int64
@@ -28,6 +31,21 @@ def test_machine_code_made_with_another_version_of_this_package_is_not_used(
     assert [hits(), hits()] == [0, 1]
     monkeypatch.setattr(kernel, "_THIS_FILE", "another")
     assert hits() == 0
+
+
+def test_of_processes_that_start_together_one_compiles_and_the_others_wait() -> None:
+    def fourfold(x):
+        return 4 * x
+
+    cache = kernel._Cache(fourfold)
+    folder = Path(cache._cache_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    other = (folder / f"{cache._impl.filename_base}.lock").open("w")
+    fcntl.flock(other, fcntl.LOCK_EX)
+    Timer(0.3, other.close).start()
+    began = time.monotonic()
+    assert kernel.compile_kernel(fourfold, int64(int64))(3) == 12
+    assert time.monotonic() - began >= 0.25
 
 
 class NoPlace(FunctionCache):

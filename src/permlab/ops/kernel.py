@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, no_type_check
 
@@ -10,6 +11,11 @@ import numpy as np
 from numba import int64, njit, types
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic, overload
+
+try:
+    import fcntl
+except ImportError:  # no Unix
+    fcntl = None  # type: ignore[assignment]
 
 LOG2_E = math.log2(math.e)
 
@@ -33,6 +39,19 @@ class _Cache(FunctionCache):
 _THIS_FILE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
+@contextmanager
+def _one_at_a_time(cache: Any) -> Iterator[None]:
+    """Ranks and jobs that start together: one compiles, the others wait for its machine code."""
+    if fcntl is None or not hasattr(cache, "_impl"):  # nowhere to keep anything
+        yield
+        return
+    folder = Path(cache._cache_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{cache._impl.filename_base}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @no_type_check
 def compile_kernel(function, signature, options=OPTIONS):
     """Compile now, or load the machine code of an earlier process where some cache directory can be written."""
@@ -40,7 +59,8 @@ def compile_kernel(function, signature, options=OPTIONS):
     with suppress(RuntimeError, OSError):
         kernel._cache = _Cache(function)
     try:
-        kernel.compile(signature)
+        with _one_at_a_time(kernel._cache):
+            kernel.compile(signature)
     except OSError:  # of a cache that cannot be written after all
         kernel = njit(nogil=True, **options)(function)
         kernel.compile(signature)
