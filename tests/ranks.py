@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from runs import cut_companions
 
 from permlab.cli import main
 from permlab.ops.threads import trust_openmp
@@ -39,7 +40,8 @@ class Compare(L.Callback):
             return
         method = pl_module.method
         state = {name: value.tolist() for name, value in method.state_dict().items()}
-        mine = [method.best().tolist(), method.temperature, method.phase, state, str(trainer.default_root_dir)]
+        orders = {name: order.tolist() for name, order in method.orders().items()}
+        mine = [orders, method.temperature, method.phase, state, str(trainer.default_root_dir)]
         weights = [parameter.sum().item() for parameter in pl_module.parameters()]
         everyone: list[Any] = [None, None]
         torch.distributed.all_gather_object(everyone, [mine, weights])
@@ -50,11 +52,17 @@ class Compare(L.Callback):
 
 def train(words: list[str]) -> None:
     """`python train.py` with the callback, in this process, which it ends."""
+    import permlab.run.companion
+    import permlab.run.story
     import permlab.run.trainer
 
     torch.set_num_threads(1)
     build = permlab.run.trainer._callbacks
     permlab.run.trainer._callbacks = lambda *parts: [*build(*parts), Compare()]
+    if "COMPANION_STEPS" in os.environ:
+        quick = {"max_steps": int(os.environ["COMPANION_STEPS"]), "limit_val_batches": 1, "limit_test_batches": 1}
+        cut = cut_companions(permlab.run.companion.companion_plan, quick | {"log_every_n_steps": 1})
+        permlab.run.companion.companion_plan = permlab.run.story.companion_plan = cut
     sys.exit(main("train", words))
 
 

@@ -4,8 +4,8 @@ import contextlib
 import io
 import json
 import signal
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ import yaml
 from permlab.cli import main
 from permlab.config.check import plan_of
 from permlab.config.compose import resolve_train
+from permlab.config.plan import Plan
+from permlab.task.task import Companion
 
 # Drawing takes four times as long as these runs: a test that looks at the pictures asks for them.
 SHORT = ("logger.mode=disabled", "data.batch_size=32", "figures=false")
@@ -71,6 +73,19 @@ def data_module(config: Mapping[str, Any], seed: int = 0) -> Any:
     from permlab.data.module import DataModule
 
     return DataModule(plan_of(config).data, config["data"], seed)
+
+
+def cut_companions(compose: Callable[..., Plan], settings: Mapping[str, Any]) -> Callable[..., Plan]:
+    """What makes the plans of runs before and beside a run, which are no longer than `settings` of the trainer say."""
+
+    def cut(plan: Plan, companion: Companion) -> Plan:
+        steps = compose(plan, companion).config["trainer"]["max_steps"]
+        longest = settings["max_steps"]
+        new = {**settings, "max_steps": min(steps, longest) if steps > 0 else longest, "val_check_interval": None}
+        changes = {f"trainer.{key}": value for key, value in new.items()}
+        return compose(plan, replace(companion, change={**companion.change, **changes}))
+
+    return cut
 
 
 class StopAt(L.Callback):

@@ -3,8 +3,7 @@
 A new task is a folder and a YAML: nothing here names a task. Its own YAML says what it is tried on; runs
 are cut short, those before and beside them as well.
 
-That ranks agree is tested for one method in `tests/run/test_ddp.py`: processes that import torch anew are
-too dear to have for each task.
+That two ranks agree at every task is tested in `tests/run/test_ddp.py`.
 """
 
 import functools
@@ -14,7 +13,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from runs import SHORT, Result, StopAt, train
+from runs import SHORT, Result, StopAt, cut_companions, train
 
 import permlab.run.companion
 import permlab.run.story
@@ -53,16 +51,7 @@ WORDS = tuple(f"trainer.{key}={value}" for key, value in QUICK.items() if key !=
 # Summaries also hold what a machine took for it.
 MEASURED = re.compile(r"seconds|memory")
 
-compose_companion = permlab.run.companion.companion_plan
-
-
-def short_companion(plan: Plan, companion: Companion) -> Plan:
-    """The plan of another run, cut short where it is longer."""
-    whole = compose_companion(plan, companion)
-    steps = whole.config["trainer"]["max_steps"]
-    cut = QUICK | {"max_steps": min(steps, STEPS) if steps > 0 else STEPS, "val_check_interval": None}
-    changes = {f"trainer.{key}": value for key, value in cut.items()}
-    return compose_companion(plan, replace(companion, change={**companion.change, **changes}))
+short_companion = cut_companions(permlab.run.companion.companion_plan, QUICK)
 
 
 @pytest.fixture(scope="module", autouse=True)

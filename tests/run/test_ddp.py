@@ -1,6 +1,7 @@
 """Two processes (gloo): ranks agree on order, temperature, baseline and run directory."""
 
 import json
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from ranks import fork, launch
 
 from permlab.cli import main
+from permlab.config.schema import CONF
 from permlab.record.checkpoint import newest_state
 from permlab.record.rundir import read_metrics
 from soak import compare
@@ -87,6 +89,21 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert stopped.stdout.count("agree") + resumed.stdout.count("agree") == 3 * 6, "no step is made twice"
     assert compare(result[0] / "runs", tmp_path / "runs") == []
+
+
+@pytest.mark.parametrize("task", sorted(path.stem for path in (CONF / "task").glob("*.yaml")))
+def test_ranks_agree_at_every_task(task: str, tmp_path: Path) -> None:
+    """Those of the runs before and beside it as well."""
+    quick = ["trainer.max_steps=2", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
+    words = [f"task={task}", *RANKS, *quick, "trainer.log_every_n_steps=1", "logger.mode=disabled", "figures=false"]
+    process = fork([*words, f"paths.runs={tmp_path / 'runs'}"], tmp_path, {"COMPANION_STEPS": "2"})
+    assert process.returncode == 0, process.stderr[-3000:]
+    done = list((tmp_path / "runs").rglob("DONE"))
+    assert done
+    assert process.stdout.count("run: ") == 1
+    for path in done:
+        assert [row["step"] for row in read_metrics(path.parent)] == [1, 2]
+    assert len(re.findall(r"^agree \d", process.stdout, re.MULTILINE)) == 2 * len(done)
 
 
 @pytest.mark.parametrize(
