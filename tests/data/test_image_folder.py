@@ -139,7 +139,7 @@ def test_published_data_keep_their_splits_and_the_names_of_their_runs(tmp_path: 
     plan = resolve_train([f"data={preset}", f"data.root={tmp_path}"])[0]
     assert [plan.data.where(split) for split in SPLITS] == [str(tmp_path / name) for name in ("train", "train", "val")]
     earlier = copy.deepcopy(dict(plan.config))
-    for option in ("val_is_test", "test_fraction"):
+    for option in ("val_is_test", "test_fraction", "draft"):
         del earlier["data"][option]
     assert earlier["data"]["resize"] == 256
     assert digest(earlier) == plan.digest
@@ -191,21 +191,37 @@ def test_resizing_keeps_the_aspect_and_what_is_shown(tmp_path: Path) -> None:
     assert not torch.equal(whole, image)  # less is cut off
 
 
-def test_a_sketch_is_nearly_the_picture_and_decodes_less(tmp_path: Path, monkeypatch) -> None:
-    """For a picture only: a photo of which a quarter of the side would do is decoded at a half or less."""
-    write_folder(tmp_path)
+def sizes_and_images(root: Path, split: str, **options) -> tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor]:
+    """Sizes as decoded of a smooth photo of 800 x 640 pixels, its image and its sketch."""
+    write_folder(root)
     rows, columns = np.mgrid[:640, :800]
     smooth = np.stack([rows / 3, columns / 4, (rows + columns) / 8], axis=2).astype(np.uint8)
-    Image.fromarray(smooth).save(tmp_path / "val" / "ant" / "0.jpg", quality=95)
-    (tmp_path / "val" / "ant" / "0.png").unlink()
-    dataset = folder(tmp_path, image_size=64, resize=64).dataset("test", 0)
-    sizes = []
-    transform = dataset.transform
+    Image.fromarray(smooth).save(root / "train" / "ant" / "0.jpg", quality=95)
+    Image.fromarray(smooth).save(root / "val" / "ant" / "0.jpg", quality=95)
+    dataset = folder(root, image_size=64, resize=64, **options).dataset(split, 0)
+    sizes, transform = [], dataset.transform
     dataset.transform = lambda image: sizes.append(image.size) or transform(image)
-    whole, sketch = dataset.__getitems__([0])[0], dataset.sketch([0], 64)[0]
-    assert sizes[0] == (800, 640)
-    assert 64 <= min(sizes[1]) <= 320
+    index = [[os.fsdecode(name) for name in dataset.names].index("ant/0.jpg")]
+    images = dataset.__getitems__(index)[0], dataset.sketch(index, 64)[0]
+    return sizes, *images
+
+
+def test_a_sketch_is_nearly_the_picture_and_decodes_less(tmp_path: Path) -> None:
+    sizes, whole, sketch = sizes_and_images(tmp_path, "test")
+    assert sizes == [(800, 640), (100, 80)]
     assert (whole - sketch).abs().max() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("split", "augment", "size"),
+    [("test", "none", (200, 160)), ("train", "flip", (200, 160)), ("train", "crop_flip", (800, 640))],
+)
+def test_a_draft_leaves_twice_the_wanted_side(tmp_path: Path, split: str, augment: str, size: tuple[int, int]) -> None:
+    sizes, draft, _ = sizes_and_images(tmp_path, split, draft=True, augment=augment)
+    assert sizes[0] == size
+    if augment == "none":
+        whole = sizes_and_images(tmp_path, split)[1]
+        assert (whole - draft).abs().max() < 0.02
 
 
 def test_flip_mirrors_about_half_of_the_training_images(tmp_path: Path) -> None:

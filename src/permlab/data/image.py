@@ -190,6 +190,7 @@ class FileDataset(Dataset):
         channels: 1 for greyscale, 3 for RGB.
         mean, sd: see `normalise`.
         seed: of what the transform draws.
+        coarse: see `read_image`.
     """
 
     def __init__(
@@ -203,11 +204,12 @@ class FileDataset(Dataset):
         mean: Sequence[float],
         sd: Sequence[float],
         seed: int,
+        coarse: int | None = None,
     ) -> None:
         self.root, self.names, self.labels = root, names, torch.from_numpy(labels)
         self.transform, self.mode = transform, "L" if channels == 1 else "RGB"
         self.mean, self.sd, self.seed = tuple(mean), tuple(sd), seed
-        self.epoch = 0
+        self.coarse, self.epoch = coarse, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -235,7 +237,7 @@ class FileDataset(Dataset):
         return PixelBatch(pixels, self.labels[torch.as_tensor(indices)], self.mean, self.sd)
 
     def _fetch(self, index: int, coarse: int | None) -> Tensor:
-        image = read_image(self.root / os.fsdecode(self.names[index]), self.mode, coarse)
+        image = read_image(self.root / os.fsdecode(self.names[index]), self.mode, coarse or self.coarse)
         key = np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would also reseed an accelerator.

@@ -50,6 +50,9 @@ class ImageFolder:
         on_corrupt: `stop` at the first image that cannot be read, when it is fetched; `skip` decodes
             every image once before training, leaves out those that cannot be read, says how many
             and which is the first, and counts them. Each process does so, with a thread per CPU.
+        draft: decode a JPEG at a half, a quarter or an eighth where twice the wanted sides are left: nearly the same
+            pixels, several times faster on photos. Without effect on training images with `crop_flip`, whose
+            crops may be small.
         val_is_test: whether the folder `val` is the test split where there is no folder `test`.
     Raises:
         ValueError: if `resize` is less than `image_size`, or a fraction is not in (0, 0.5].
@@ -77,6 +80,7 @@ class ImageFolder:
         on_corrupt: Literal["stop", "skip"] = "stop",
         test_fraction: Annotated[Fraction, AddedLater(0.1)] = 0.1,
         val_is_test: Annotated[bool, AddedLater(True)] = True,
+        draft: Annotated[bool, AddedLater(False)] = False,
     ) -> None:
         resize = round(image_size * 8 / 7) if resize is None else resize
         if resize < image_size:
@@ -87,7 +91,7 @@ class ImageFolder:
         self.root, self.image_size, self.resize, self.channels = Path(root), image_size, resize, channels
         self.patch_size, self.augment, self.normalise = patch_size, augment, normalise
         self.fractions = {"test": test_fraction, "val": val_fraction}
-        self.on_corrupt, self.val_is_test = on_corrupt, val_is_test
+        self.on_corrupt, self.val_is_test, self.draft = on_corrupt, val_is_test, draft
         # Files left out so far, by folder; the order of the others, and so every batch, is the same on all ranks.
         self._skipped: dict[str, int] = {}
 
@@ -142,15 +146,17 @@ class ImageFolder:
         chosen = self._part(split, labels, seed)
         names, labels = names[chosen], labels[chosen]
         mean, sd = self._statistics()
+        augment = self.augment if split == "train" else "none"
         return FileDataset(
             self.root / folder,
             names,
             labels,
-            transform=self._transform(self.augment if split == "train" else "none"),
+            transform=self._transform(augment),
             channels=self.channels,
             mean=mean,
             sd=sd,
             seed=seed,
+            coarse=2 * self.resize if self.draft and augment != "crop_flip" else None,
         )
 
     def _part(self, split: str, labels: np.ndarray, seed: int) -> np.ndarray:
