@@ -103,8 +103,8 @@ class IdxImages:
         return PixelDataset(pixels, labels, mean=(self.mean,), sd=(self.sd,), augment=augment, seed=seed)
 
     def where(self, split: str) -> str:
-        """File of a split's images, for messages."""
-        return str(self._path("test" if split == "test" else "train", "images"))
+        """Folder of a split, for messages."""
+        return str(self.root)
 
     def _labels(self, part: str) -> np.ndarray:
         return _read(self._path(part, "labels"))
