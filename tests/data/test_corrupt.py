@@ -139,10 +139,10 @@ def test_a_worker_that_dies_ends_the_run_with_one_line(
 ) -> None:
     fetch, main_process = FileDataset._fetch, os.getpid()
 
-    def deadly(self: FileDataset, index: int):
+    def deadly(self: FileDataset, index: int, coarse: int | None = None):
         if index == 5 and os.getpid() != main_process:
             os.kill(os.getpid(), signal.SIGKILL)
-        return fetch(self, index)
+        return fetch(self, index, coarse)
 
     monkeypatch.setattr(FileDataset, "_fetch", deadly)
     root = image_folder(tmp_path / "images")

@@ -4,7 +4,14 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
-from permlab.data.image import PixelDataset, normalise, read_image, shift_and_flip, stratified_part
+from permlab.data.image import (
+    PixelDataset,
+    normalise,
+    read_image,
+    shift_and_flip,
+    stratified_number,
+    stratified_part,
+)
 
 COLOUR = (204, 102, 51)  # of the palette that conversion to mode P uses
 
@@ -28,6 +35,23 @@ def test_stratified_part_takes_its_share_of_every_class() -> None:
     assert np.bincount(labels[picked], minlength=4).tolist() == [25, 10, 2, 0]
     assert np.array_equal(picked, stratified_part(labels, 0.25, seed=0))
     assert not np.array_equal(picked, stratified_part(labels, 0.25, seed=1))
+
+
+@pytest.mark.parametrize("number", [1, 17, 100])
+def test_stratified_number_is_exact_and_gives_every_class_its_share(number: int) -> None:
+    counts = np.array([100, 40, 7, 1])
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), counts))
+    picked = stratified_number(labels, number, seed=0)
+    assert picked.sum() == number
+    share = number * counts / counts.sum()
+    assert (np.abs(np.bincount(labels[picked], minlength=4) - share) <= 1).all()
+    assert not np.array_equal(picked, stratified_number(labels, number, seed=1))
+
+
+@pytest.mark.parametrize("number", [0, 10, 11])
+def test_a_number_without_images_is_refused(number: int) -> None:
+    with pytest.raises(ValueError, match=f"{number} of 10 images"):
+        stratified_number(np.zeros(10, dtype=np.int64), number, seed=0)
 
 
 def test_stratified_part_is_uniform_within_a_class() -> None:
@@ -100,6 +124,16 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(augment: str) -> Non
     assert not torch.equal(images(0, 2, range(60)), whole)
     assert not torch.equal(images(1, 1, range(60)), whole)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("augment", ["none", "crop_flip"])
+def test_a_batch_travels_as_bytes_and_is_finished_to_the_same_floats(augment: str) -> None:
+    dataset = pixel_dataset(augment)
+    batch = dataset.unfinished([5, 3, 9])
+    assert batch.pixels.dtype == torch.uint8
+    assert torch.equal(batch.pixels, dataset.pixels[[5, 3, 9]])
+    for one, other in zip(batch.finished(), dataset.__getitems__([5, 3, 9]), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_augmentation_is_not_tied_to_the_order_of_batches() -> None:

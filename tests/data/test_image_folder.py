@@ -1,3 +1,4 @@
+import copy
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from permlab.config.compose import resolve_train
+from permlab.config.identity import digest
 from permlab.data.image_folder import ImageFolder
 from permlab.data.loader import Loader
 
@@ -90,6 +93,58 @@ def test_with_a_test_folder_every_split_is_its_folder(tmp_path: Path) -> None:
         assert dataset.root == tmp_path / split
 
 
+@pytest.mark.parametrize(
+    ("folders", "places", "sizes"),
+    [
+        (("train",), ("train", "train", "train"), (36, 12, 12)),
+        (("train", "val"), ("train", "val", "train"), (48, 30, 12)),
+        (("train", "test"), ("train", "train", "test"), (48, 12, 30)),
+        (("train", "val", "test"), SPLITS, (60, 30, 30)),
+    ],
+)
+def test_folders_of_ones_own_are_what_they_are_called(tmp_path: Path, folders, places, sizes) -> None:
+    """And what has no folder is a part of train, of every class the same number, apart from the others."""
+    data = folder(write_folder(tmp_path, folders, num=20), val_is_test=False, val_fraction=0.2, test_fraction=0.2)
+    parts = {split: data.dataset(split, 3) for split in SPLITS}
+    assert tuple(len(parts[split]) for split in SPLITS) == sizes
+    assert tuple(parts[split].root.name for split in SPLITS) == places
+    assert [data.where(split) for split in SPLITS] == [str(tmp_path / place) for place in places]
+    whole = [name for part in parts.values() for name in names(part)]
+    assert len(whole) == len(set(whole)) == sum(sizes)
+    for split, place in zip(SPLITS, places, strict=True):
+        assert len(set(np.bincount(parts[split].labels).tolist())) == 1
+        same = names(data.dataset(split, 4)) == names(parts[split])
+        assert same == (place == split and (split != "train" or len(folders) == 3)), split
+
+
+def test_what_has_no_effect_because_of_folders_is_said(tmp_path: Path) -> None:
+    own = {"val_is_test": False}
+    assert [option for option, _ in folder(write_folder(tmp_path, ("train",)), **own).idle()] == []
+    assert [option for option, _ in folder(write_folder(tmp_path, ("val",)), **own).idle()] == ["val_fraction"]
+    write_folder(tmp_path, ("test",))
+    assert [option for option, _ in folder(tmp_path, **own).idle()] == ["test_fraction", "val_fraction", "val_is_test"]
+
+
+@pytest.mark.parametrize(("image_size", "resize"), [(224, 256), (112, 128), (16, 18)])
+def test_the_shorter_side_follows_the_crop(tmp_path: Path, image_size: int, resize: int) -> None:
+    data = folder(tmp_path, image_size=image_size, resize=None)
+    assert data.complete() == {"resize": resize}
+    assert folder(tmp_path, resize=20).complete() == {"resize": 20}
+
+
+@pytest.mark.parametrize("preset", ["imagenet", "fmow"])
+def test_published_data_keep_their_splits_and_the_names_of_their_runs(tmp_path: Path, preset: str) -> None:
+    """Without test/ their val/ is the test split, and a configuration of an earlier version has the same digest."""
+    write_folder(tmp_path, num=50)
+    plan = resolve_train([f"data={preset}", f"data.root={tmp_path}"])[0]
+    assert [plan.data.where(split) for split in SPLITS] == [str(tmp_path / name) for name in ("train", "train", "val")]
+    earlier = copy.deepcopy(dict(plan.config))
+    for option in ("val_is_test", "test_fraction", "draft"):
+        del earlier["data"][option]
+    assert earlier["data"]["resize"] == 256
+    assert digest(earlier) == plan.digest
+
+
 def test_labels_follow_the_sorted_class_names(tmp_path: Path) -> None:
     dataset = folder(write_folder(tmp_path)).dataset("train", 0)
     _, labels = dataset.__getitems__(range(len(dataset)))
@@ -134,6 +189,39 @@ def test_resizing_keeps_the_aspect_and_what_is_shown(tmp_path: Path) -> None:
     assert image[:, :, 9:].min() == 1
     whole = folder(tmp_path, resize=16).dataset("test", 0).__getitems__([0])[0][0]
     assert not torch.equal(whole, image)  # less is cut off
+
+
+def sizes_and_images(root: Path, split: str, **options) -> tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor]:
+    """Sizes as decoded of a smooth photo of 800 x 640 pixels, its image and its sketch."""
+    write_folder(root)
+    rows, columns = np.mgrid[:640, :800]
+    smooth = np.stack([rows / 3, columns / 4, (rows + columns) / 8], axis=2).astype(np.uint8)
+    Image.fromarray(smooth).save(root / "train" / "ant" / "0.jpg", quality=95)
+    Image.fromarray(smooth).save(root / "val" / "ant" / "0.jpg", quality=95)
+    dataset = folder(root, image_size=64, resize=64, **options).dataset(split, 0)
+    sizes, transform = [], dataset.transform
+    dataset.transform = lambda image: sizes.append(image.size) or transform(image)
+    index = [[os.fsdecode(name) for name in dataset.names].index("ant/0.jpg")]
+    images = dataset.__getitems__(index)[0], dataset.sketch(index, 64)[0]
+    return sizes, *images
+
+
+def test_a_sketch_is_nearly_the_picture_and_decodes_less(tmp_path: Path) -> None:
+    sizes, whole, sketch = sizes_and_images(tmp_path, "test")
+    assert sizes == [(800, 640), (100, 80)]
+    assert (whole - sketch).abs().max() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("split", "augment", "size"),
+    [("test", "none", (200, 160)), ("train", "flip", (200, 160)), ("train", "crop_flip", (800, 640))],
+)
+def test_a_draft_leaves_twice_the_wanted_side(tmp_path: Path, split: str, augment: str, size: tuple[int, int]) -> None:
+    sizes, draft, _ = sizes_and_images(tmp_path, split, draft=True, augment=augment)
+    assert sizes[0] == size
+    if augment == "none":
+        whole = sizes_and_images(tmp_path, split)[1]
+        assert (whole - draft).abs().max() < 0.02
 
 
 def test_flip_mirrors_about_half_of_the_training_images(tmp_path: Path) -> None:
@@ -210,7 +298,7 @@ def test_workers_and_resuming_do_not_change_a_single_pixel(tmp_path: Path) -> No
 
 
 def test_missing_folders_and_classes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"train: no such folder; images lie in \{train,val\}/<class>/"):
+    with pytest.raises(ValueError, match="train: no such folder; images lie in train/<class>/"):
         folder(tmp_path / "nowhere").spec()
     write_folder(tmp_path, ("train",))
     with pytest.raises(ValueError, match="val: no such folder"):
@@ -247,7 +335,11 @@ def test_a_truncated_image_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"resize": 15}, "resize 15 is less than image_size 16"), ({"val_fraction": 0.0}, "val_fraction 0.0")],
+    [
+        ({"resize": 15}, "resize 15 is less than image_size 16"),
+        ({"val_fraction": 0.0}, "val_fraction 0.0"),
+        ({"test_fraction": 0.6}, "test_fraction 0.6"),
+    ],
 )
 def test_values_that_cannot_be_are_refused(tmp_path: Path, options, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,6 @@
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -113,7 +115,22 @@ def test_an_epoch_cut_short_and_a_validation_cut_short_start_anew() -> None:
     assert recorder.validated == [300] * 3
 
 
-def test_loaders_take_split_seed_and_sizes_from_the_settings() -> None:
+@pytest.mark.parametrize(
+    ("asked", "cores", "ranks", "expected"), [(8, 2, 1, 2), (8, 4, 2, 2), (3, 16, 1, 3), (2, 1, 4, 1)]
+)
+def test_there_are_no_more_workers_than_cores(monkeypatch, asked: int, cores: int, ranks: int, expected: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    module = module_of(DIGITS | {"num_workers": asked}, seed=0)
+    module.trainer = SimpleNamespace(num_devices=ranks, global_rank=0, world_size=ranks)
+    assert module.train_dataloader().num_workers == expected
+
+
+def test_no_workers_stay_none() -> None:
+    assert module_of(DIGITS, seed=0).val_dataloader().num_workers == 0
+
+
+def test_loaders_take_split_seed_and_sizes_from_the_settings(monkeypatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     module = module_of(DIGITS | {"num_workers": 2}, seed=5)
     train, val, test = module.train_dataloader(), module.val_dataloader(), module.test_dataloader()
     assert [loader.shuffle for loader in (train, val, test)] == [True, False, False]
@@ -130,32 +147,43 @@ def test_mean_image_is_the_mean_of_all_where_there_are_few() -> None:
     assert np.abs(module.mean_image(limit=100) - close_to_all).max() < 0.2
 
 
-def test_mean_image_is_of_every_class_in_a_sorted_dataset(tmp_path: Path) -> None:
+def grey_photos(root: Path) -> dict:
+    """Fifty images per class, black, dark and light; settings of the folder."""
     for split in ("train", "val"):
         for name, value in (("a", 0), ("b", 100), ("c", 200)):
-            (tmp_path / split / name).mkdir(parents=True)
+            (root / split / name).mkdir(parents=True)
             for i in range(50):
-                Image.new("L", (8, 6), value).save(tmp_path / split / name / f"{i}.png")
-    settings = {
-        "name": "image_folder",
-        "component": "image_folder",
-        "root": str(tmp_path),
-        "image_size": 4,
-        "resize": 4,
-        "channels": 3,
-        "patch_size": 1,
-        "augment": "flip",
-        "normalise": False,
-        "val_fraction": 0.2,
-        "batch_size": 8,
-        "num_workers": 0,
-    }
+                Image.new("L", (8, 6), value).save(root / split / name / f"{i}.png")
+    folder = {"name": "image_folder", "component": "image_folder", "root": str(root), "image_size": 4, "resize": 4}
+    looks = {"channels": 3, "patch_size": 1, "augment": "flip", "normalise": False, "val_fraction": 0.2}
+    return folder | looks | {"batch_size": 8, "num_workers": 0}
+
+
+def test_mean_image_is_of_every_class_in_a_sorted_dataset(tmp_path: Path) -> None:
+    settings = grey_photos(tmp_path)
     mean = module_of(settings, seed=0).mean_image(limit=9)
     assert mean.shape == (4, 4)
     np.testing.assert_allclose(mean, 100 / 255, atol=1e-6)
-    (tmp_path / "train" / "a" / "0.png").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"data: .*a/0\.png: not a readable image"):
+    for path in (tmp_path / "train" / "a").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"data: .*a/\d+\.png: not a readable image"):
         module_of(settings, seed=0).mean_image(limit=1000)
+
+
+def test_images_come_as_bytes_and_are_finished_where_they_are_used(tmp_path: Path) -> None:
+    module = module_of(grey_photos(tmp_path), seed=0)
+    batch = next(iter(module.train_dataloader()))
+    assert batch.pixels.dtype == torch.uint8
+    images, labels = module.on_after_batch_transfer(batch, 0)
+    assert images.dtype == torch.float32
+    torch.testing.assert_close(images[:, 0, 0, 0], torch.tensor([0, 100, 200])[labels] / 255)
+    assert module.on_after_batch_transfer((images, labels), 0) == (images, labels)
+
+
+def test_splits_are_told_with_their_numbers_and_folders(tmp_path: Path) -> None:
+    told = module_of(grey_photos(tmp_path) | {"val_is_test": True}, seed=0).describe()
+    assert told == f"120 train, 30 val from {tmp_path}/train; 150 test from {tmp_path}/val"
+    assert module_of(DIGITS, seed=0).describe() == "718 train, 539 val, 540 test"
 
 
 def test_what_a_dataset_refuses_is_an_error_of_the_configuration(tmp_path: Path) -> None:

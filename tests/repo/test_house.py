@@ -17,7 +17,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "src"
 PACKAGE = SOURCE / "permlab"
 # From the roof down, rooms of one storey together. `task/` stands for the folder of any task.
 STOREYS = (
-    *(("cli", "sweep"), ("run",), ("study",), ("callback",), ("task/",), ("task",), ("method",), ("sparsity",)),
+    *(("cli", "sweep", "door"), ("run",), ("study",), ("callback",), ("task/",), ("task",), ("method",), ("sparsity",)),
     *(("figure",), ("record",), ("model",), ("config",), ("data",), ("ops",), ("ground",)),
 )
 # What no line of a room may mention, but for the files that are the place for it.
@@ -33,6 +33,7 @@ KNOWS_NO_TASK = ("run", "study", "callback")
 # What is asked for before torch is imported, which takes longer than a wrong key deserves.
 WITHOUT_TORCH = (
     *("cli.py", "config/*.py", "task/*.py", "task/*/task.py", "record/rundir.py", "record/stored.py"),
+    *("data/__main__.py", "data/document.py", "data/fetch.py", "data/source.py", "data/tokenizer.py"),
     *("record/lock.py", "record/provenance.py", "study/grid.py", "study/report.py", "study/table.py"),
 )
 NEED_TORCH = {"task/guard.py", "task/learner.py", "task/optim.py", "task/place.py", "task/score.py"}
@@ -84,8 +85,10 @@ def arrows() -> dict[str, frozenset[str]]:
 
 
 def room(module: str) -> str:
-    """Folder of the package that a module is in, of its task, or `ground` for a file at the root."""
+    """Folder of the package that a module is in, or of its task; `door` for a command, `ground` at the root."""
     _, *parts = module.split(".")
+    if parts[-1:] == ["__main__"]:
+        return "door"
     if not parts or not (PACKAGE / parts[0]).is_dir():
         return "cli" if parts == ["cli"] else "ground"
     is_folder = len(parts) > 1 and (PACKAGE / parts[0] / parts[1]).is_dir()
@@ -157,8 +160,8 @@ def test_wrong_arrows_would_be_found() -> None:
         "def f():\n    from permlab.run import story\nif TYPE_CHECKING:\n    import permlab.cli\nelse:\n    import os\n"
     )
     assert [module_of(name) for name in imported(ast.parse(source)) if name != "os"] == ["permlab.run.story"]
-    assert [room(f"permlab.{name}") for name in ("task.guard", "option", "cli", "sweep.__main__")] == [
-        *("task", "ground", "cli", "sweep"),
+    assert [room(f"permlab.{name}") for name in ("task.guard", "option", "cli", "data.__main__")] == [
+        *("task", "ground", "cli", "door"),
     ]
     assert storey("run") < storey("study") < storey("task/any") < storey("task") < storey("method") < storey("ground")
     assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})) == {"a", "b", "c"}

@@ -47,6 +47,13 @@ def test_ranks_agree_after_every_step(result: tuple[Path, subprocess.CompletedPr
     assert process.stdout.count("agree") == 3 * 6  # learned, control, refit
 
 
+@pytest.mark.parametrize("advice", ["sync_dist", "Initializing distributed", "num_workers", "worker processes"])
+def test_advice_of_libraries_that_is_no_news_is_not_passed_on(
+    result: tuple[Path, subprocess.CompletedProcess[str]], advice: str
+) -> None:
+    assert advice not in result[1].stderr
+
+
 def test_ranks_share_one_directory_and_eval_needs_only_one_of_them(
     result: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:

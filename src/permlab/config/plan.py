@@ -49,7 +49,7 @@ def make_plan(config: Mapping[str, Any], directory: Path | None = None) -> Plan:
     """
     data, spec = open_data(config["data"])
     task = build("task", config["task"], spec)
-    whole = complete(config, spec, task)
+    whole = complete(config, spec, task, data)
     return Plan(whole, spec, directory or run_directory(whole), digest(whole), data, task)
 
 
@@ -67,9 +67,10 @@ def open_data(settings: Mapping[str, Any]) -> tuple[Any, DataSpec]:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def complete(config: Mapping[str, Any], spec: DataSpec, task: Any) -> dict[str, Any]:
+def complete(config: Mapping[str, Any], spec: DataSpec, task: Any, data: Any) -> dict[str, Any]:
     """A copy in which what follows from other keys is filled in, so that a saved configuration is complete."""
     whole = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+    whole["data"] |= getattr(data, "complete", dict)()
     model, trainer = whole["model"], whole["trainer"]
     if "patch_size" in model and (model["patch_size"] is None or spec.is_sequence):
         model["patch_size"] = spec.patch_size

@@ -1,33 +1,25 @@
 """Text from local files, or from the Hugging Face hub: WikiText-2, C4, or your own."""
 
-import gzip
 import importlib.util
-import json
-import re
 import sys
 import warnings
-import zlib
 from collections.abc import Iterable, Iterator
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import numpy as np
-
+from permlab.data.document import brief, join, local_file, read_documents
 from permlab.data.spec import DataSpec, text_spec
+from permlab.data.tokenizer import encode, vocabulary
 from permlab.option import PositiveInt, Verbatim
 
 if TYPE_CHECKING:
     from permlab.data.text import TokenWindows
 
 SPLITS = ("train", "val", "test")
-EXTENSIONS = (".txt", ".jsonl", ".jsonl.gz")
 # What says which part of the hub is read.
 HUB_OPTIONS = ("repository", "subset", "revision", "train_file", "val_file", "test_file", "streaming")
-BYTE = "byte"
-NUM_BYTES = 256
-HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class HubText:
@@ -94,7 +86,7 @@ class HubText:
         self.tokenizer, self.sequence_length = tokenizer, sequence_length
         self.on_corrupt = on_corrupt
         self._skipped: dict[str, int] = {}
-        self.vocab_size = _vocabulary(tokenizer, vocab_size)
+        self.vocab_size = vocabulary(tokenizer, vocab_size)
 
     @property
     def num_skipped(self) -> int:
@@ -120,7 +112,7 @@ class HubText:
         """
         if self.root.is_dir():
             for split in SPLITS:
-                _local_file(self.root, split)
+                local_file(self.root, split)
         elif sys.modules.get("datasets") is None and importlib.util.find_spec("datasets") is None:
             raise ValueError(
                 f"{self.root}: no such folder, and without the package datasets (extra llm) "
@@ -138,15 +130,13 @@ class HubText:
         from permlab.data.text import TokenWindows
 
         where, documents = self._documents(split)
-        tokens = _encode(self.tokenizer, _join(documents, self.separator, where))
-        if tokens.max(initial=0) >= self.vocab_size:
-            raise ValueError(f"tokenizer {self.tokenizer}: gave token {tokens.max()}, vocab_size is {self.vocab_size}")
+        tokens = encode(self.tokenizer, join(documents, self.separator, where), self.vocab_size)
         return TokenWindows(tokens, sequence_length=self.sequence_length, where=where)
 
     def _documents(self, split: str) -> tuple[str, Iterable[str]]:
         """A split's documents, and what to call the place they come from."""
         if self.root.is_dir():
-            path = _local_file(self.root, split)
+            path = local_file(self.root, split)
             return str(path), self._read_local(path, split)
         where = f"{self.repository} {self.files[split] or split}, as there is no folder {self.root}"
         name = "validation" if split == "val" else split
@@ -155,102 +145,13 @@ class HubText:
 
     def _read_local(self, path: Path, split: str) -> list[str]:
         bad: list[str] = []
-        documents = _read_file(path, self.num_documents, bad if self.on_corrupt == "skip" else None)
+        documents = read_documents(path, self.num_documents, bad if self.on_corrupt == "skip" else None)
         self._skipped[split] = len(bad)
         if bad:
             warnings.warn(
                 f"data.on_corrupt=skip: {len(bad)} lines of {path} left out; the first: {bad[0]}", stacklevel=2
             )
         return documents
-
-
-def _vocabulary(tokenizer: str, vocab_size: int | None) -> int:
-    """Number of tokens that a model needs, without loading the tokenizer."""
-    own = _own_vocabulary(tokenizer)
-    wanted = own if vocab_size is None else vocab_size
-    if wanted is None:
-        raise ValueError(f"tokenizer {tokenizer}: its vocabulary cannot be read beforehand; set vocab_size")
-    if own is not None and wanted < own:
-        raise ValueError(f"vocab_size {vocab_size}: tokenizer {tokenizer} has {own} tokens")
-    return wanted
-
-
-def _own_vocabulary(tokenizer: str) -> int | None:
-    """Number of tokens that a tokenizer's files tell; None where they lie on the hub or do not say."""
-    if tokenizer == BYTE:
-        return NUM_BYTES
-    folder = Path(tokenizer)
-    if not folder.is_dir():
-        if not HUB_NAME.fullmatch(tokenizer):
-            raise ValueError(f"tokenizer {tokenizer}: no such folder, and no name on the hub; or use {BYTE}")
-        return None
-    path = folder / "tokenizer.json"
-    return _count_tokens(path, path.stat().st_mtime_ns) if path.is_file() else None
-
-
-@cache
-def _count_tokens(path: Path, modified: int) -> int:
-    """One more than the largest token of a `tokenizer.json`, or the `vocab_size` of the model beside it if larger."""
-    try:
-        content = json.loads(path.read_bytes())
-        vocabulary = content["model"]["vocab"]
-        # Unigram models list their pieces, the others map them to tokens.
-        tokens = range(len(vocabulary)) if isinstance(vocabulary, list) else vocabulary.values()
-        added = (token["id"] for token in content.get("added_tokens", []))
-        own = 1 + max([*tokens, *added])
-        config = path.with_name("config.json")
-        beside = json.loads(config.read_bytes()).get("vocab_size") if config.is_file() else None
-        return max(own, beside or 0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"tokenizer {path.parent}: {path.name} cannot be read ({_brief(error)})") from error
-
-
-def _local_file(root: Path, split: str) -> Path:
-    """The one file of a split.
-
-    Raises:
-        ValueError: if there is none, more than one, or it is empty.
-    """
-    found = [path for path in (root / f"{split}{extension}" for extension in EXTENSIONS) if path.is_file()]
-    if not found:
-        raise ValueError(f"{root / split}: no such file; expected one ending in {', '.join(EXTENSIONS)}")
-    if len(found) > 1:
-        raise ValueError(f"{found[0]}: there is also {found[1].name}; only one file per split is read")
-    if found[0].stat().st_size == 0:
-        raise ValueError(f"{found[0]}: is empty")
-    return found[0]
-
-
-def _read_file(path: Path, num_documents: int | None, bad: list[str] | None) -> list[str]:
-    """Documents of a file; what is wrong with a line goes to `bad`, or is raised where that is None."""
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            if path.suffix == ".txt":
-                return [file.read().decode()]
-            return list(islice(_json_lines(file, bad), num_documents))
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({_brief(error)})") from error
-
-
-def _json_lines(file: Iterable[bytes], bad: list[str] | None) -> Iterator[str]:
-    """The field `text` of every line that is not blank."""
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            yield _document(line)
-        except ValueError as error:
-            problem = f"line {number}: {_brief(error)}"
-            if bad is None:
-                raise ValueError(problem) from error
-            bad.append(problem)
-
-
-def _document(line: bytes) -> str:
-    document = json.loads(line.decode())
-    if not isinstance(document, dict) or not isinstance(document.get("text"), str):
-        raise ValueError("no field text that holds text")
-    return document["text"]
 
 
 @lru_cache(maxsize=len(SPLITS))
@@ -274,41 +175,7 @@ def _read_hub(
         )
         documents = [row["text"] for row in islice(rows, num_documents)]
     except Exception as error:  # the package passes on whatever its many dependencies raise
-        raise ValueError(f"{where}: cannot be loaded from the hub ({_brief(error)})") from error
+        raise ValueError(f"{where}: cannot be loaded from the hub ({brief(error)})") from error
     if not all(isinstance(document, str) for document in documents):
         raise ValueError(f"{where}: its field text does not hold text")
     return documents
-
-
-def _join(documents: Iterable[str], separator: str, where: str) -> str:
-    text = separator.join(documents)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: holds half a character ({error.reason} at {error.start})") from error
-    return text
-
-
-@lru_cache(maxsize=len(SPLITS))
-def _encode(tokenizer: str, text: str) -> np.ndarray:
-    """Tokens of a text; kept, as a large one takes a while."""
-    if tokenizer == BYTE:
-        return np.frombuffer(text.encode(), dtype=np.uint8)
-    # No warning that the text is longer than the model's context: it is about to be cut up.
-    return np.array(_load_tokenizer(tokenizer)(text, verbose=False)["input_ids"], dtype=np.int32)
-
-
-@cache
-def _load_tokenizer(name: str) -> Any:
-    try:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # a missing file, network or package, or a licence that was not accepted
-        raise ValueError(f"tokenizer {name}: cannot be loaded ({_brief(error)})") from error
-
-
-def _brief(error: Exception) -> str:
-    """The message of an error on one line, without a library's page of advice."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -9,6 +9,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,21 +29,46 @@ EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 PADDING = 4
 
 
-def stratified_part(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+def stratified_part(labels: np.ndarray, fraction: float, seed: int, asked: str = "") -> np.ndarray:
     """Boolean mask that picks a fraction of every class, rounded to whole samples.
 
+    Args:
+        asked: what was asked for, in the message; empty for `val_fraction`.
     Raises:
         ValueError: if nothing is picked, or nothing is left.
     """
+    by_class, place, counts = _shuffled_by_class(labels, seed)
+    picked = np.zeros(len(labels), dtype=bool)
+    picked[by_class[place < np.rint(fraction * counts)]] = True
+    if not picked.any() or picked.all():
+        raise ValueError(f"{asked or f'val_fraction {fraction}'} of {len(labels)} images leaves a split empty")
+    return picked
+
+
+def stratified_number(labels: np.ndarray, number: int, seed: int) -> np.ndarray:
+    """Boolean mask that picks so many samples, of every class its share, rounded up or down.
+
+    Raises:
+        ValueError: if nothing is picked, or nothing is left.
+    Example:
+        >>> stratified_number(np.array([0, 0, 0, 0, 1, 1]), 3, seed=0).reshape(3, 2).sum(axis=1)
+        array([1, 1, 1])
+    """
+    if not 0 < number < len(labels):
+        raise ValueError(f"{number} of {len(labels)} images leaves training or validation empty")
+    by_class, place, counts = _shuffled_by_class(labels, seed)
+    picked = np.zeros(len(labels), dtype=bool)
+    picked[by_class[np.argsort((place + 0.5) / counts, kind="stable")[:number]]] = True
+    return picked
+
+
+def _shuffled_by_class(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Samples sorted by class and drawn at random within; of each its place in its class, and the size of that."""
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     counts = np.bincount(labels)
-    place_in_class = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    picked = np.zeros(len(labels), dtype=bool)
-    picked[by_class[place_in_class < np.repeat(np.rint(fraction * counts), counts)]] = True
-    if not picked.any() or picked.all():
-        raise ValueError(f"val_fraction {fraction} of {len(labels)} images leaves training or validation empty")
-    return picked
+    place = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return by_class, place, np.repeat(counts, counts)
 
 
 def normalise(pixels: Tensor, mean: Sequence[float], sd: Sequence[float]) -> Tensor:
@@ -54,8 +80,32 @@ def normalise(pixels: Tensor, mean: Sequence[float], sd: Sequence[float]) -> Ten
         >>> normalise(torch.tensor([[[[0, 255]]]], dtype=torch.uint8), [0.5], [0.5]).flatten()
         tensor([-1.,  1.])
     """
-    shift, scale = (torch.tensor(values).view(-1, 1, 1) for values in (mean, sd))
+    shift, scale = (torch.tensor(values, device=pixels.device).view(-1, 1, 1) for values in (mean, sd))
     return (pixels.float() / 255 - shift) / scale
+
+
+@dataclass
+class PixelBatch:
+    """A batch as bytes, a quarter of its floats: so it travels between processes and to the device.
+
+    Shapes:
+        pixels: uint8 `[b, c, h, w]`.  labels: int64 `[b]`.
+        shift, is_flipped: see `shift_and_flip`; None for images as they are.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    mean: tuple[float, ...]
+    sd: tuple[float, ...]
+    shift: Tensor | None = None
+    is_flipped: Tensor | None = None
+
+    def finished(self) -> tuple[Tensor, Tensor]:
+        """Images moved, mirrored and normalised, and labels, wherever the batch has been brought."""
+        pixels = self.pixels
+        if self.shift is not None and self.is_flipped is not None:
+            pixels = shift_and_flip(pixels, self.shift, self.is_flipped)
+        return normalise(pixels, self.mean, self.sd), self.labels
 
 
 class PixelDataset(Dataset):
@@ -81,7 +131,7 @@ class PixelDataset(Dataset):
         seed: int = 0,
     ) -> None:
         self.pixels, self.labels = torch.from_numpy(pixels), torch.from_numpy(labels)
-        self.mean, self.sd, self.augment, self.seed = mean, sd, augment, seed
+        self.mean, self.sd, self.augment, self.seed = tuple(mean), tuple(sd), augment, seed
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -98,11 +148,13 @@ class PixelDataset(Dataset):
         return len(self.labels)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return self.unfinished(indices).finished()
+
+    def unfinished(self, indices: Sequence[int]) -> PixelBatch:
+        """A batch as bytes, for whoever finishes it on the device."""
         index = torch.as_tensor(indices)
-        pixels = self.pixels[index]
-        if self.augment != "none":
-            pixels = shift_and_flip(pixels, self.shift[index], self.is_flipped[index])
-        return normalise(pixels, self.mean, self.sd), self.labels[index]
+        moves = () if self.augment == "none" else (self.shift[index], self.is_flipped[index])
+        return PixelBatch(self.pixels[index], self.labels[index], self.mean, self.sd, *moves)
 
 
 def shift_and_flip(pixels: Tensor, shift: Tensor, is_flipped: Tensor) -> Tensor:
@@ -117,10 +169,12 @@ def shift_and_flip(pixels: Tensor, shift: Tensor, is_flipped: Tensor) -> Tensor:
     """
     height, width = pixels.shape[-2:]
     padded = F.pad(pixels, (PADDING,) * 4)
-    columns = torch.arange(width).expand(len(pixels), -1)
+    batch, channels, rows, columns = (
+        torch.arange(count, device=pixels.device) for count in (*pixels.shape[:2], height, width)
+    )
+    columns = columns.expand(len(pixels), -1)
     columns = torch.where(is_flipped[:, None], width - 1 - columns, columns) + PADDING - shift[:, 1:]
-    rows = torch.arange(height) + PADDING - shift[:, :1]
-    batch, channels = torch.arange(len(pixels)), torch.arange(pixels.shape[1])
+    rows = rows + PADDING - shift[:, :1]
     return padded[batch[:, None, None, None], channels[:, None, None], rows[:, None, :, None], columns[:, None, None]]
 
 
@@ -136,6 +190,7 @@ class FileDataset(Dataset):
         channels: 1 for greyscale, 3 for RGB.
         mean, sd: see `normalise`.
         seed: of what the transform draws.
+        coarse: see `read_image`.
     """
 
     def __init__(
@@ -149,11 +204,12 @@ class FileDataset(Dataset):
         mean: Sequence[float],
         sd: Sequence[float],
         seed: int,
+        coarse: int | None = None,
     ) -> None:
         self.root, self.names, self.labels = root, names, torch.from_numpy(labels)
         self.transform, self.mode = transform, "L" if channels == 1 else "RGB"
-        self.mean, self.sd, self.seed = mean, sd, seed
-        self.epoch = 0
+        self.mean, self.sd, self.seed = tuple(mean), tuple(sd), seed
+        self.coarse, self.epoch = coarse, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -162,11 +218,26 @@ class FileDataset(Dataset):
         return len(self.labels)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        pixels = torch.stack([self._fetch(int(index)) for index in indices])
-        return normalise(pixels, self.mean, self.sd), self.labels[torch.as_tensor(indices)]
+        return self.unfinished(indices).finished()
 
-    def _fetch(self, index: int) -> Tensor:
-        image = read_image(self.root / os.fsdecode(self.names[index]), self.mode)
+    def unfinished(self, indices: Sequence[int]) -> PixelBatch:
+        """A batch as bytes, for whoever finishes it on the device."""
+        return self._batch(indices)
+
+    def sketch(self, indices: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
+        """The same as `__getitems__` by JPEG's own coarse steps, several times faster: for a picture, not for a model.
+
+        Args:
+            size: shorter side, in pixels, that must be left of a photo.
+        """
+        return self._batch(indices, size).finished()
+
+    def _batch(self, indices: Sequence[int], coarse: int | None = None) -> PixelBatch:
+        pixels = torch.stack([self._fetch(int(index), coarse) for index in indices])
+        return PixelBatch(pixels, self.labels[torch.as_tensor(indices)], self.mean, self.sd)
+
+    def _fetch(self, index: int, coarse: int | None) -> Tensor:
+        image = read_image(self.root / os.fsdecode(self.names[index]), self.mode, coarse or self.coarse)
         key = np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would also reseed an accelerator.
@@ -174,9 +245,11 @@ class FileDataset(Dataset):
             return self.transform(image)
 
 
-def read_image(path: Path, mode: str) -> Image.Image:
+def read_image(path: Path, mode: str, coarse: int | None = None) -> Image.Image:
     """Decoded image, greyscale (mode `L`) or `RGB`.
 
+    Args:
+        coarse: a JPEG may be decoded at a half, a quarter or an eighth, no side below so many pixels; None: whole.
     Raises:
         ValueError: naming the file, if it is broken or has more than 8 bits per channel, which
             conversion would clip without a word.
@@ -184,6 +257,8 @@ def read_image(path: Path, mode: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             found = image.mode
+            if coarse is not None:
+                image.draft(None, (coarse, coarse))
             if found in EIGHT_BIT_MODES:
                 return image.convert(mode)
     except UNREADABLE as error:

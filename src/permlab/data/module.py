@@ -1,6 +1,8 @@
 """The three loaders of a run."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -9,9 +11,29 @@ from torch import Tensor
 
 from permlab.data.loader import Batchable, Loader, data_errors
 
+SPLITS = ("train", "val", "test")
+
+
+class Unfinished:
+    """A data set whose batches are finished later, on the device: they are small, and the rest is quick there."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        return self.dataset.unfinished(indices)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.dataset.set_epoch(epoch)
+
 
 class DataModule(L.LightningDataModule):
     """Train, validation and test loaders of the configured dataset, split and shuffled by seed.
+
+    Where a data set has `unfinished(indices)`, its batches come as bytes and are finished on the device.
 
     Args:
         component: the data set.
@@ -32,14 +54,22 @@ class DataModule(L.LightningDataModule):
         dataset = self._dataset(split)
         with data_errors():
             return Loader(
-                dataset,
+                Unfinished(dataset) if hasattr(dataset, "unfinished") else dataset,
                 batch_size=self.settings["batch_size"],
                 seed=self.seed,
                 shuffle=split == "train",
-                num_workers=self.settings["num_workers"],
+                num_workers=self._num_workers(),
                 rank=trainer.global_rank if trainer else 0,
                 num_ranks=trainer.world_size if trainer else 1,
             )
+
+    def _num_workers(self) -> int:
+        """As many as asked for, and no more than cores of this rank: beyond those they only decode too far ahead."""
+        num_ranks = self.trainer.num_devices if self.trainer else 1  # on this machine
+        return min(self.settings["num_workers"], max(1, len(os.sched_getaffinity(0)) // num_ranks))
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch.finished() if hasattr(batch, "finished") else batch
 
     def train_dataloader(self) -> Loader:
         return self._loader("train")
@@ -49,6 +79,14 @@ class DataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> Loader:
         return self._loader("test")
+
+    def describe(self) -> str:
+        """How many samples every split has, and where they are from, for the first lines of a run."""
+        where = getattr(self.component, "where", lambda split: "")
+        parts: dict[str, list[str]] = {}
+        for split in SPLITS:
+            parts.setdefault(where(split), []).append(f"{len(self._dataset(split)):,} {split}")
+        return "; ".join(", ".join(counts) + (f" from {place}" if place else "") for place, counts in parts.items())
 
     def statistics(self) -> dict[str, float]:
         """Numbers of the data for a run's summary: how much was left out as unreadable, where that is allowed."""
@@ -73,13 +111,18 @@ class DataModule(L.LightningDataModule):
     def mean_image(self, limit: int = 256) -> np.ndarray | None:
         """Mean over up to `limit` training images and their channels, `[height, width]`; None where there are none.
 
-        The images are spread evenly over the dataset, which may be sorted by class.
+        The images are spread evenly over the dataset, which may be sorted by class. A quarter of them, coarsely
+        decoded, does where each is a file.
         """
-        if self.component.spec().is_sequence:
+        spec = self.component.spec()
+        if spec.is_sequence:
             return None
-        dataset = self._dataset("train")
+        dataset: Any = self._dataset("train")
+        fetch = dataset.__getitems__
+        if hasattr(dataset, "sketch"):
+            limit, fetch = min(limit, 64), partial(dataset.sketch, size=min(spec.height, spec.width))
         index = np.linspace(0, len(dataset) - 1, min(limit, len(dataset))).round().astype(int)
         parts = [index[i : i + 64].tolist() for i in range(0, len(index), 64)]
         with data_errors():
-            sums = [dataset.__getitems__(part)[0].float().sum(dim=0).mean(dim=0).numpy() for part in parts]
+            sums = [fetch(part)[0].float().sum(dim=0).mean(dim=0).numpy() for part in parts]
         return np.sum(sums, axis=0) / len(index)

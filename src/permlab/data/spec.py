@@ -46,6 +46,21 @@ class DataSpec:
             )
         return self.height // patch_size, self.width // patch_size
 
+    def describe(self, rows: int, columns: int) -> str:
+        """The items of a sample in words, once it is known into how many rows and columns it is cut.
+
+        Example:
+            >>> DataSpec("image", 10, channels=1, height=8, width=16).describe(4, 8)
+            '32 patches of 2x2 pixels in a 4x8 grid'
+            >>> DataSpec("image", 10, channels=1, height=8, width=8).describe(8, 8)
+            '64 patches of 1x1 pixels in an 8x8 grid'
+        """
+        if self.is_sequence:
+            return f"{columns} {self.items}"
+        article = "an" if str(rows).startswith("8") or rows in (11, 18) else "a"
+        side = f"{self.height // rows}x{self.width // columns}"
+        return f"{rows * columns} {self.items} of {side} pixels in {article} {rows}x{columns} grid"
+
 
 def text_spec(vocab_size: int, sequence_length: int) -> DataSpec:
     """Shape of samples of text: token ids `[sequence_length]`, each class a token."""

@@ -127,11 +127,11 @@ def _run_before(plan: Plan) -> dict[str, Path]:
 def _opening(plan: Plan, parts: Assembly) -> str:
     config, spec, model = plan.config, plan.spec, parts.model
     count = sum(parameter.numel() for parameter in model.parameters())
-    size = f"{model.width}" if spec.is_sequence else f"{model.height}x{model.width}"
     return (
         f"{config['task']['name']}: {config['data']['name']} ({spec.num_classes} {spec.labels}), "
-        f"{config['model']['name']} ({count:,} parameters) reading {size} {spec.items}, "
-        f"method {config['method']['name']}{parts.learner.describe()}"
+        f"{config['model']['name']} ({count:,} parameters) reading {spec.describe(model.height, model.width)}, "
+        f"method {config['method']['name']}{parts.learner.describe()}\n"
+        f"data: {parts.data.describe()}"
     )
 
 

@@ -31,18 +31,20 @@ from permlab.task.learner import Learner, Summary
 # Parameters; below this one thread is fastest.
 SMALL_MODEL = 10_000
 
-# Lightning's remarks that are no news here: how it logs, that a resumed run's folder has files, and that
-# frozen weights are not trained.
+# Lightning's remarks that are no news here: how it logs, that a resumed run's folder has files, that
+# frozen weights are not trained, and that values be shared which are metrics of all ranks already.
 EXPECTED_WARNINGS = (
     ".*is deprecated, use `isinstance.treespec, TreeSpec.*",
     "The number of training batches .* is smaller than the logging interval.*",
     "Checkpoint directory .* exists and is not empty.*",
     "Found .* module.* in eval mode at the start of training.*",
+    r"It is recommended to use `self.log\(.*, sync_dist=True\)` when logging on epoch level.*",
 )
 
 
 def quiet_lightning() -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for part in ("pytorch", "fabric"):
+        logging.getLogger(f"lightning.{part}").setLevel(logging.WARNING)
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
 
