@@ -143,6 +143,18 @@ class HubText:
             raise ValueError(f"tokenizer {self.tokenizer}: gave token {tokens.max()}, vocab_size is {self.vocab_size}")
         return TokenWindows(tokens, sequence_length=self.sequence_length, where=where)
 
+    def load_tokenizer(self, seed: int) -> Any:
+        """What gave the tokens, as transformers' own; the seed has no say.
+
+        Raises:
+            ValueError: naming the tokenizer, if it cannot be loaded.
+        """
+        from permlab.data.tokenizer import as_pretrained, byte_tokenizer
+
+        if self.tokenizer == BYTE:
+            return as_pretrained(byte_tokenizer(), sequence_length=self.sequence_length)
+        return _load_tokenizer(self.tokenizer)
+
     def _documents(self, split: str) -> tuple[str, Iterable[str]]:
         """A split's documents, and what to call the place they come from."""
         if self.root.is_dir():
