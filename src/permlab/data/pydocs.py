@@ -97,10 +97,7 @@ class Pydocs:
         """What gave the tokens of this seed's splits, as transformers' own."""
         from permlab.data.tokenizer import as_pretrained, byte_tokenizer
 
-        if self.tokenizer == "byte":
-            own = byte_tokenizer()
-        else:
-            own = _bpe(self._text("train", seed), self.vocab_size)
+        own = byte_tokenizer() if self.tokenizer == "byte" else _bpe(self._text("train", seed), self.vocab_size)
         return as_pretrained(own, sequence_length=self.sequence_length)
 
     def topics(self, split: str, seed: int) -> tuple[str, ...]:

@@ -58,6 +58,7 @@ def as_pretrained(tokenizer: "Tokenizer", *, sequence_length: int) -> "PreTraine
         eos_token=END,
         pad_token=END,
         model_max_length=sequence_length,
+        model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
 
@@ -67,8 +68,7 @@ def _byte_chars() -> list[str]:
     from tokenizers import pre_tokenizers
 
     # Bytes with a visible character of their own stand for themselves, the others for what follows byte 255.
-    own, others = [], []
-    for char in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        (own if ord(char) < 256 else others).append(char)
-    chars, rest = {ord(char): char for char in own}, iter(others)
-    return [chars[byte] if byte in chars else next(rest) for byte in range(256)]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    own = {ord(char): char for char in alphabet if ord(char) < 256}
+    others = iter(alphabet[len(own) :])
+    return [own[byte] if byte in own else next(others) for byte in range(256)]

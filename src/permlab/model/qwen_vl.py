@@ -160,26 +160,32 @@ class QwenVl(Backbone):
             ValueError: for images, as transformers has no Qwen2.5-VL that classifies them.
         """
         if self.kind != "text":
-            raise ValueError(f"Qwen2ForCausalLM is a QwenVl of text, got a QwenVl of {self.kind} with a head of classes")
-        ours = self.language_model.config
-        rope = {key: value for key, value in (ours.rope_parameters or {}).items() if key != "mrope_section"}
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-        shape = {name: getattr(ours, name) for name in (*names, "rms_norm_eps", "hidden_act")} | {"rope_parameters": rope}
-        config: PreTrainedConfig
-        if tokenizer is None or type(tokenizer).__name__.startswith("Qwen2Tokenizer"):
-            config, architecture = Qwen2Config(**shape), "Qwen2ForCausalLM"
-        else:
-            none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-            head_dim = self.num_features // ours.num_attention_heads
-            bias = {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False}
-            dropout = {"attention_dropout": 0.0, "residual_dropout": 0.0}
-            config = SeedOssConfig(**shape, **none, **bias, **dropout, head_dim=head_dim)
-            architecture = "SeedOssForCausalLM"
-        embedding = self.language_model.embed_tokens
+            raise ValueError(
+                f"Qwen2ForCausalLM is a QwenVl of text, got a QwenVl of {self.kind} with a head of classes"
+            )
+        is_qwens = tokenizer is None or type(tokenizer).__name__.startswith("Qwen2Tokenizer")
+        config: PreTrainedConfig = (Qwen2Config if is_qwens else SeedOssConfig)(**self._language_settings(is_qwens))
         config = as_causal_lm_config(
-            config, architecture, head=self.head, embedding=embedding, num_slots=self.num_slots
+            config,
+            "Qwen2ForCausalLM" if is_qwens else "SeedOssForCausalLM",
+            head=self.head,
+            embedding=self.language_model.embed_tokens,
+            num_slots=self.num_slots,
         )
         return config, _their_name
+
+    def _language_settings(self, is_qwens: bool) -> dict[str, Any]:
+        """Settings of the language model on text; of a Seed-OSS also where it differs from a Qwen2 by itself."""
+        ours = self.language_model.config
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+        settings = {name: getattr(ours, name) for name in (*names, "rms_norm_eps", "hidden_act")}
+        assert ours.rope_parameters is not None
+        settings["rope_parameters"] = {k: v for k, v in ours.rope_parameters.items() if k != "mrope_section"}
+        if not is_qwens:
+            settings |= {"head_dim": self.num_features // ours.num_attention_heads, "attention_out_bias": False}
+            settings |= {"attention_bias": True, "mlp_bias": False, "attention_dropout": 0.0, "residual_dropout": 0.0}
+            settings |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        return settings
 
     def _set_merged_grid(self, spec: DataSpec) -> None:
         """Take the number of items from the data's shape; text is not merged."""

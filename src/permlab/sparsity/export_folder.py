@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from permlab.record.rundir import checksums, sync
 from permlab.sparsity.fold import find_gathers, fold, install_gather
 from permlab.sparsity.layout import OWN_WEIGHTS, WEIGHTS, Layout, find_layout
-from permlab.sparsity.pattern import Pattern, read_patterns, verify_pattern
+from permlab.sparsity.pattern import read_patterns, verify_pattern
 from permlab.sparsity.run_model import run_model, widen
 from permlab.sparsity.weight_site import WeightSite
 
@@ -190,9 +190,7 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is no plain container")
 
 
-def _write(
-    folder: Path, layout: Layout, tensors: Mapping[str, dict[str, Tensor]], texts: Mapping[str, str]
-) -> None:
+def _write(folder: Path, layout: Layout, tensors: Mapping[str, dict[str, Tensor]], texts: Mapping[str, str]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
     partial.mkdir()

@@ -21,7 +21,8 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def layout(model: nn.Module, tokenizer: Any) -> Layout | None:
     """Layout of a language model of ours, or of any model that is transformers' own."""
-    described = getattr(model, "causal_lm", None)
+    described: Any = getattr(model, "causal_lm", None)
+    config: Any
     if described is not None:
         try:
             config, rename = described(tokenizer)
@@ -52,6 +53,10 @@ def _write(folder: Path, config: Any, generation: Any, tokenizer: Any, note: str
     from transformers import GenerationConfig
 
     settings = json.loads(config.to_json_string()) | ({"model_type": note} if note else {})
+    rope = dict(settings.get("rope_parameters") or {})
+    if "rope_theta" in rope:  # versions before 5 know these two names alone
+        settings["rope_theta"] = rope.pop("rope_theta")
+        settings |= {"rope_scaling": rope} if rope.get("rope_type", "default") != "default" else {}
     (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     generation = generation or GenerationConfig.from_model_config(config)
     (folder / GENERATION).write_text(generation.to_json_string(), encoding="utf-8")
