@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from permlab.record.rundir import checksums, sync
 from permlab.sparsity.fold import find_gathers, fold, install_gather
 from permlab.sparsity.layout import OWN_WEIGHTS, WEIGHTS, Layout, find_layout
-from permlab.sparsity.pattern import read_patterns, verify_pattern
+from permlab.sparsity.pattern import Pattern, read_patterns, verify_pattern
 from permlab.sparsity.run_model import run_model, widen
 from permlab.sparsity.weight_site import WeightSite
 
@@ -85,7 +85,7 @@ def export(
         if not difference <= tolerance:  # NaN is refused too
             raise ValueError(f"folding changes the {name} model by {difference:.3g} of its output, over {tolerance:g}")
     layout = find_layout(folded, tokenizer)
-    patterns = {layout.rename(name): pattern for name, pattern in read_patterns(sites, n=n, m=m).items()}
+    patterns = _renamed(read_patterns(sites, n=n, m=m), layout)
     state, tied = _unique_state(folded, pruned)
     state = {layout.rename(name): value for name, value in state.items()}
     counts = verify_pattern(state, patterns)
@@ -134,6 +134,15 @@ def _unique_state(folded: nn.Module, original: nn.Module) -> tuple[dict[str, Ten
             tied[name] = first
     state = {name: value for name, value in folded.state_dict().items() if name not in tied}
     return {name: value.to("cpu", dtypes.get(name, value.dtype)).contiguous() for name, value in state.items()}, tied
+
+
+def _renamed(patterns: Mapping[str, Pattern], layout: Layout) -> dict[str, Pattern]:
+    """The same patterns by the names in the file, ours beside where it is another."""
+    renamed: dict[str, Pattern] = {}
+    for name, pattern in patterns.items():
+        theirs = layout.rename(name)
+        renamed[theirs] = {**pattern, **({} if theirs == name else {"ours": name})}
+    return renamed
 
 
 def _describe(
