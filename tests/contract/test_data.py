@@ -25,7 +25,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from permlab.config.build import build
-from permlab.config.schema import component_options
+from permlab.config.schema import component_options, constant
 from permlab.data.loader import Batchable, Loader
 from permlab.errors import ConfigError
 
@@ -191,6 +191,22 @@ def test_batches_are_what_the_specification_says(settings):
             assert torch.equal(inputs[:, 1:], targets[:, :-1]), "the target of a token is the next one"
     if spec.kind == "image":
         assert largest == spec.num_classes - 1, f"num_classes is {spec.num_classes}, and no label is above {largest}"
+
+
+TEXTS = [preset for preset in PRESETS if constant("data", component(preset), "kind") == "text"]
+
+
+@pytest.mark.parametrize("settings", TEXTS, indirect=True)
+def test_a_text_says_what_gave_its_tokens(settings):
+    """So that a trained model can leave with it: decoded and encoded again, a text has the same ids."""
+    described = build("data", settings)
+    assert hasattr(described, "load_tokenizer"), "load_tokenizer(seed) gives transformers' own tokenizer"
+    tokenizer = described.load_tokenizer(0)
+    tokens = dataset(settings, "test")[0][0].tolist()
+    text = tokenizer.decode(tokens)
+    length = len(tokens) - 4  # where a window ends within a character, or a pair of bytes
+    assert tokenizer(text, add_special_tokens=False)["input_ids"][:length] == tokens[:length]
+    assert {tokenizer.eos_token_id, tokenizer.bos_token_id} - {None} <= set(range(described.spec().num_classes))
 
 
 # The order of batches

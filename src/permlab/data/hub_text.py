@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from permlab.data.document import brief, join, local_file, read_documents
 from permlab.data.spec import DataSpec, text_spec
-from permlab.data.tokenizer import encode, vocabulary
+from permlab.data.tokenizer import encode, load_tokenizer, vocabulary
 from permlab.option import PositiveInt, Verbatim
 
 if TYPE_CHECKING:
@@ -132,6 +132,14 @@ class HubText:
         where, documents = self._documents(split)
         tokens = encode(self.tokenizer, join(documents, self.separator, where), self.vocab_size)
         return TokenWindows(tokens, sequence_length=self.sequence_length, where=where)
+
+    def load_tokenizer(self, seed: int) -> Any:
+        """What gave the tokens, as transformers' own; the seed has no say.
+
+        Raises:
+            ValueError: naming the tokenizer, if it cannot be loaded.
+        """
+        return load_tokenizer(self.tokenizer, sequence_length=self.sequence_length)
 
     def _documents(self, split: str) -> tuple[str, Iterable[str]]:
         """A split's documents, and what to call the place they come from."""

@@ -88,6 +88,15 @@ class DataModule(L.LightningDataModule):
             parts.setdefault(where(split), []).append(f"{len(self._dataset(split)):,} {split}")
         return "; ".join(", ".join(counts) + (f" from {place}" if place else "") for place, counts in parts.items())
 
+    def load_tokenizer(self) -> Any:
+        """What gave the tokens of a text, as transformers' own tokenizer; None where the data has none.
+
+        Raises:
+            ValueError: if it cannot be loaded.
+        """
+        load = getattr(self.component, "load_tokenizer", None)
+        return load(self.seed) if load else None
+
     def statistics(self) -> dict[str, float]:
         """Numbers of the data for a run's summary: how much was left out as unreadable, where that is allowed."""
         if getattr(self.component, "on_corrupt", "stop") != "skip":

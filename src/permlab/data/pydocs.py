@@ -12,6 +12,7 @@ from permlab.option import Fraction, PositiveInt
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
 
     from permlab.data.text import TokenWindows
 
@@ -91,6 +92,13 @@ class Pydocs:
 
         tokens = self._tokens(split, seed)
         return TokenWindows(tokens, sequence_length=self.sequence_length, where=f"{split} split of pydoc_data.topics")
+
+    def load_tokenizer(self, seed: int) -> "PreTrainedTokenizerFast":
+        """What gave the tokens of this seed's splits, as transformers' own."""
+        from permlab.data.fast_tokenizer import as_pretrained, byte_tokenizer
+
+        own = byte_tokenizer() if self.tokenizer == "byte" else _bpe(self._text("train", seed), self.vocab_size)
+        return as_pretrained(own, sequence_length=self.sequence_length)
 
     def topics(self, split: str, seed: int) -> tuple[str, ...]:
         """Sorted titles of the topics of a split."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from permlab.data.document import EXTENSIONS, join, read_documents
 from permlab.data.spec import DataSpec, text_spec
-from permlab.data.tokenizer import encode, vocabulary
+from permlab.data.tokenizer import encode, load_tokenizer, vocabulary
 from permlab.option import Fraction, PositiveInt, Verbatim
 
 if TYPE_CHECKING:
@@ -121,6 +121,14 @@ class TextFolder:
         where = f"{split} split of {self.where(split)}"
         tokens = encode(self.tokenizer, join(documents, self.separator, where), self.vocab_size)
         return TokenWindows(tokens, sequence_length=self.sequence_length, where=where)
+
+    def load_tokenizer(self, seed: int) -> Any:
+        """What gave the tokens, as transformers' own; the seed has no say.
+
+        Raises:
+            ValueError: naming the tokenizer, if it cannot be loaded.
+        """
+        return load_tokenizer(self.tokenizer, sequence_length=self.sequence_length)
 
     def where(self, split: str) -> str:
         """The only file of a split, or the folder, for messages."""

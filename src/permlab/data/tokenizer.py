@@ -45,6 +45,21 @@ def encode(tokenizer: str, text: str, vocab_size: int) -> np.ndarray:
     return tokens
 
 
+def load_tokenizer(tokenizer: str, *, sequence_length: int) -> Any:
+    """Transformers' own tokenizer that gives the same tokens.
+
+    Args:
+        sequence_length: tokens that a model was trained to read.
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
+    from permlab.data.fast_tokenizer import as_pretrained, byte_tokenizer
+
+    if tokenizer == BYTE:
+        return as_pretrained(byte_tokenizer(), sequence_length=sequence_length)
+    return _load_tokenizer(tokenizer)
+
+
 def _own_vocabulary(tokenizer: str) -> int | None:
     """Number of tokens that a tokenizer's files tell; None where they lie on the hub or do not say."""
     if tokenizer == BYTE:

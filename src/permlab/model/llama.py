@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from permlab.data.spec import DataSpec
 from permlab.model.base import Backbone, free_of_decay, patchify
-from permlab.model.pretrained import check_equal, load_checkpoint, open_checkpoint
+from permlab.model.pretrained import as_causal_lm_config, check_equal, load_checkpoint, open_checkpoint
 from permlab.option import Divides, PositiveFloat, PositiveInt, Side, Verbatim
 
 # Longest text of the rotary embedding in its published, stretched form; allocates nothing.
@@ -115,7 +115,9 @@ class Llama(Backbone):
             attn_implementation="sdpa",  # type: ignore[call-arg]
         )
         # Checked first, since building a large network takes minutes.
-        folder = None if pretrained is None else _open_fitting(pretrained, config, spec, position, tie_embeddings)
+        folder, self.num_slots = None, self.num_items
+        if pretrained is not None:
+            folder, self.num_slots = _open_fitting(pretrained, config, spec, position, tie_embeddings)
         self.network = LlamaModel(config)
         # Its own table would get no gradient from patches, and ours has to be the head's where tied.
         self.network.embed_tokens = None  # type: ignore[assignment]
@@ -127,6 +129,26 @@ class Llama(Backbone):
         self._add_ends(spec, tie_embeddings)
         if pretrained is not None and folder is not None:
             load_checkpoint(pretrained, folder, self, rename=_our_name)
+
+    def causal_lm(self, tokenizer: Any = None) -> tuple[LlamaConfig, Callable[[str], str]]:
+        """Configuration of transformers' model that computes the same logits, and its names of our tensors.
+
+        Args:
+            tokenizer: of the text, as `transformers.AutoTokenizer` gives it; any will do here.
+        Returns:
+            A copy, complete but for the tokenizer's special tokens, the architecture named; and a function.
+        Raises:
+            ValueError: where transformers has no such model: for images, and without `position=slot`.
+        """
+        if self.kind != "text" or self.position != "slot":
+            raise ValueError(
+                f"LlamaForCausalLM is a Llama of text with position=slot, got a Llama of {self.kind} "
+                f"with {self.position}"
+            )
+        config = as_causal_lm_config(
+            self.network.config, "LlamaForCausalLM", head=self.head, embedding=self.embedding, num_slots=self.num_slots
+        )
+        return config, _their_name
 
     def _add_ends(self, spec: DataSpec, tie_embeddings: bool) -> None:
         """Embedding and head, which depend on the kind of data."""
@@ -209,8 +231,10 @@ def _rope_parameters(theta: float, factor: float) -> dict[str, float | int | str
     }
 
 
-def _open_fitting(name: str, config: LlamaConfig, spec: DataSpec, position: str, tie_embeddings: bool) -> Path:
-    """Folder of a checkpoint that fits.
+def _open_fitting(
+    name: str, config: LlamaConfig, spec: DataSpec, position: str, tie_embeddings: bool
+) -> tuple[Path, int]:
+    """Folder of a checkpoint that fits, and the longest text that it was made for.
 
     Raises:
         ValueError: if there is none, or it does not fit.
@@ -224,7 +248,7 @@ def _open_fitting(name: str, config: LlamaConfig, spec: DataSpec, position: str,
     settings["vocabulary"] = (theirs.vocab_size, spec.num_classes)
     settings["tie_embeddings"] = (bool(theirs.tie_word_embeddings), tie_embeddings)
     check_equal(name, settings | _rope_settings(theirs.rope_parameters, config.rope_parameters))
-    return folder
+    return folder, theirs.max_position_embeddings
 
 
 # Our names of transformers' settings, which for the last four are not to be chosen.
@@ -255,6 +279,11 @@ def _our_name(key: str) -> str | None:
         return None  # old checkpoints store the wavelengths, which follow from the settings
     renamed = {"model.embed_tokens.weight": "embedding.weight", "lm_head.weight": "head.weight"}
     return renamed.get(key, key.replace("model.", "network.", 1))
+
+
+def _their_name(name: str) -> str:
+    renamed = {"embedding.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}
+    return renamed.get(name, name.replace("network.", "model.", 1))
 
 
 def _normal(weight: Tensor) -> nn.Parameter:

@@ -1,5 +1,6 @@
 """Weights in transformers' format: a config.json and safetensors, in a folder or on the hub. Never a pickle."""
 
+import copy
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -82,6 +83,27 @@ def load_checkpoint(
             missing.pop(id(places[ours]), None)
     if missing:
         raise ValueError(f"pretrained={name}: it has no tensor for {min(missing.values())}")
+
+
+def as_causal_lm_config(
+    config: ConfigType, architecture: str, *, head: nn.Module, embedding: nn.Module, num_slots: int
+) -> ConfigType:
+    """A copy of a network's configuration as the configuration of a whole language model.
+
+    Args:
+        config: of the network; everything else is put in.
+        architecture: transformers' class of the language model.
+        head, embedding: whose weights are one parameter where they are tied.
+        num_slots: longest text that the model was made for.
+    """
+    config, weight = copy.deepcopy(config), head.get_parameter("weight")
+    config.architectures = [architecture]
+    config.vocab_size = len(weight)
+    config.tie_word_embeddings = weight is embedding.get_parameter("weight")
+    config.max_position_embeddings = num_slots
+    config.use_cache = True
+    config.dtype = weight.dtype
+    return config
 
 
 def _download(name: str) -> Path:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLConfig
+from transformers import PreTrainedConfig, Qwen2_5_VLConfig, Qwen2Config, SeedOssConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
@@ -22,7 +22,7 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 
 from permlab.data.spec import DataSpec
 from permlab.model.base import Backbone, patchify
-from permlab.model.pretrained import check_equal, load_checkpoint, open_checkpoint
+from permlab.model.pretrained import as_causal_lm_config, check_equal, load_checkpoint, open_checkpoint
 from permlab.option import Divides, PositiveFloat, PositiveInt, Side, Verbatim
 
 # Of the published models: an image is a film of two equal frames, windows are eight patches wide, and every
@@ -136,12 +136,56 @@ class QwenVl(Backbone):
             attn_implementation="sdpa",  # type: ignore[call-arg]
         )
         # Checked first, since building a large network takes minutes.
-        folder = None if pretrained is None else _open_fitting(pretrained, language, vision, spec, tie_embeddings)
+        folder, self.num_slots = None, self.num_items
+        if pretrained is not None:
+            folder, self.num_slots = _open_fitting(pretrained, language, vision, spec, tie_embeddings)
         self._add_parts(spec, language, vision, tie_embeddings)
         if pretrained is not None and folder is not None:
             image = spec.kind == "image"
             fresh = ("head.weight", "head.bias") if image else ()
             load_checkpoint(pretrained, folder, self, rename=_our_image_name if image else _our_text_name, fresh=fresh)
+
+    def causal_lm(self, tokenizer: Any = None) -> tuple[PreTrainedConfig, Callable[[str], str]]:
+        """Configuration of transformers' model that computes the same logits, and its names of our tensors.
+
+        On text time, row and column of a slot are the same number, so the language model is a Qwen2. Transformers
+        takes any tokenizer beside a Qwen2 for Qwen's own, and would cut and normalise text in its way. Beside
+        another tokenizer the model is therefore a Seed-OSS, which has the same layers under the same names.
+
+        Args:
+            tokenizer: of the text, as `transformers.AutoTokenizer` gives it; None where it plays no part.
+        Returns:
+            A copy, complete but for the tokenizer's special tokens, the architecture named; and a function.
+        Raises:
+            ValueError: for images, as transformers has no Qwen2.5-VL that classifies them.
+        """
+        if self.kind != "text":
+            raise ValueError(
+                f"Qwen2ForCausalLM is a QwenVl of text, got a QwenVl of {self.kind} with a head of classes"
+            )
+        is_qwens = tokenizer is None or type(tokenizer).__name__.startswith("Qwen2Tokenizer")
+        config: PreTrainedConfig = (Qwen2Config if is_qwens else SeedOssConfig)(**self._language_settings(is_qwens))
+        config = as_causal_lm_config(
+            config,
+            "Qwen2ForCausalLM" if is_qwens else "SeedOssForCausalLM",
+            head=self.head,
+            embedding=self.language_model.embed_tokens,
+            num_slots=self.num_slots,
+        )
+        return config, _their_name
+
+    def _language_settings(self, is_qwens: bool) -> dict[str, Any]:
+        """Settings of the language model on text; of a Seed-OSS also where it differs from a Qwen2 by itself."""
+        ours = self.language_model.config
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+        settings = {name: getattr(ours, name) for name in (*names, "rms_norm_eps", "hidden_act")}
+        assert ours.rope_parameters is not None
+        settings["rope_parameters"] = {k: v for k, v in ours.rope_parameters.items() if k != "mrope_section"}
+        if not is_qwens:
+            settings |= {"head_dim": self.num_features // ours.num_attention_heads, "attention_out_bias": False}
+            settings |= {"attention_bias": True, "mlp_bias": False, "attention_dropout": 0.0, "residual_dropout": 0.0}
+            settings |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        return settings
 
     def _set_merged_grid(self, spec: DataSpec) -> None:
         """Take the number of items from the data's shape; text is not merged."""
@@ -336,8 +380,8 @@ def _open_fitting(
     vision: Qwen2_5_VLVisionConfig,
     spec: DataSpec,
     tie_embeddings: bool,
-) -> Path:
-    """Folder of a checkpoint that fits.
+) -> tuple[Path, int]:
+    """Folder of a checkpoint that fits, and the longest text that it was made for.
 
     Raises:
         ValueError: if there is none, or it does not fit.
@@ -358,7 +402,7 @@ def _open_fitting(
         blocks = (list(tower.fullatt_block_indexes), list(vision.fullatt_block_indexes))
         settings["blocks with full attention"] = blocks
     check_equal(name, settings)
-    return folder
+    return folder, theirs.max_position_embeddings
 
 
 def _pairs(theirs: Any, ours: Any, names: dict[str, str]) -> dict[str, tuple[Any, Any]]:
@@ -381,3 +425,7 @@ def _our_name(key: str) -> str:
     if key == "lm_head.weight":
         return "head.weight"
     return key if key.startswith(("visual.", "language_model.")) else f"language_model.{key}"
+
+
+def _their_name(name: str) -> str:
+    return "lm_head.weight" if name == "head.weight" else name.replace("language_model.", "model.", 1)

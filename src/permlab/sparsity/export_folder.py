@@ -1,15 +1,17 @@
 """Write a pruned model in the layout that sparse kernels want, checked before it is written; and read it back.
 
-An export is a folder: `model.safetensors` (folded weights with their zeros, and the orders of gathers),
-`permutation.safetensors` (the order of every site), `sparsity.json` (which tensors follow which pattern, and how
-each site was carried out) and `config.json`, with their checksums in `SHA256SUMS`.
+An export is a folder of the library that the model is from, where there is one and it can run the model: weights
+under its names, its `config.json`, a tokenizer. `permlab.sparsity.layout` says which. Ours lie beside:
+`permutation.safetensors` (the order of every site), `sparsity.json` (which tensors follow which pattern, how each
+site was carried out, our names of tensors), `permlab.json` (the configuration), `report.json` (what was verified),
+and the checksums of all in `SHA256SUMS`. Orders of gathers are with the weights.
 """
 
 import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,12 @@ from torch import Tensor, nn
 
 from permlab.record.rundir import checksums, sync
 from permlab.sparsity.fold import find_gathers, fold, install_gather
+from permlab.sparsity.layout import OWN_WEIGHTS, WEIGHTS, Layout, find_layout
 from permlab.sparsity.pattern import Pattern, read_patterns, verify_pattern
 from permlab.sparsity.run_model import run_model, widen
 from permlab.sparsity.weight_site import WeightSite
 
-MODEL, PERMUTATION, SPARSITY, CONFIG = "model.safetensors", "permutation.safetensors", "sparsity.json", "config.json"
+PERMUTATION, SPARSITY, OWN_CONFIG, REPORT = "permutation.safetensors", "sparsity.json", "permlab.json", "report.json"
 SUMS = "SHA256SUMS"  # as sha256sum --check reads them
 
 
@@ -42,6 +45,8 @@ def export(
     m: int,
     inputs: Any,
     config: Mapping[str, Any],
+    tokenizer: Any = None,
+    results: Mapping[str, Any] | None = None,
     tolerance: float = 1e-4,
 ) -> dict[str, Any]:
     """Fold a pruned model's orders into it, check the result, and write it as a folder.
@@ -59,38 +64,45 @@ def export(
         orders: int64 order of each site's items, by name.
         n, m: n kept of every m consecutive columns.
         inputs: what the models are compared on: a tensor, a tuple of arguments or a dict of keywords.
-        config: of the model or the run, plain containers only; becomes `config.json`.
+        config: of the model or the run, plain containers only; becomes `permlab.json`.
+        tokenizer: of the text that the model reads, as `transformers.AutoTokenizer` gives it; saved beside.
+        results: further numbers for `report.json`.
         tolerance: largest difference allowed, relative to the largest output.
     Returns:
         `dense_difference`, `pruned_difference`, `num_tensors`, `num_groups`, `nonzero_fraction` as
-        verified, and `num_folded`, `num_gathered` sites.
+        verified, `num_folded` and `num_gathered` sites, and `opens`, who opens the folder.
     Raises:
         ValueError: if a check fails, the folder has something in it, or the models differ in structure.
     Cost: two forward passes of each model, one copy of a model at a time.
     """
     folder = Path(folder)
     _check_free(folder)
-    texts = {CONFIG: _to_json(config, "config")}
+    texts = {OWN_CONFIG: _to_json(config, "config")}
     _check_structure(dense, pruned)
     _, modes, dense_difference = _fold_copy(dense, sites, orders, inputs)
     folded, _, pruned_difference = _fold_copy(pruned, sites, orders, inputs)
     for name, difference in (("dense", dense_difference), ("pruned", pruned_difference)):
         if not difference <= tolerance:  # NaN is refused too
             raise ValueError(f"folding changes the {name} model by {difference:.3g} of its output, over {tolerance:g}")
-    patterns = read_patterns(sites, n=n, m=m)
+    layout = find_layout(folded, tokenizer)
+    patterns = _renamed(read_patterns(sites, n=n, m=m), layout)
     state, tied = _unique_state(folded, pruned)
+    state = {layout.rename(name): value for name, value in state.items()}
     counts = verify_pattern(state, patterns)
-    texts[SPARSITY] = _to_json(_describe(folded, sites, modes, patterns, tied, n=n, m=m), "sparsity")
-    permutation = {site.name: orders[site.name].detach().cpu().clone() for site in sites}
-    _write(folder, {MODEL: state, PERMUTATION: permutation}, texts)
     gathered = sum(mode == "gather" for mode in modes.values())
-    return {
+    report = {
         "dense_difference": dense_difference,
         "pruned_difference": pruned_difference,
         **counts,
         "num_folded": len(modes) - gathered,
         "num_gathered": gathered,
+        "opens": layout.opens,
     }
+    about = {"n": n, "m": m, "tensors": patterns} | _describe(folded, sites, modes, tied, layout.rename)
+    texts |= {SPARSITY: _to_json(about, "sparsity"), REPORT: _to_json(report | dict(results or {}), "report")}
+    permutation = {site.name: orders[site.name].detach().cpu().clone() for site in sites}
+    _write(folder, layout, {layout.weights: state, PERMUTATION: permutation}, texts)
+    return report
 
 
 def _fold_copy(
@@ -124,20 +136,24 @@ def _unique_state(folded: nn.Module, original: nn.Module) -> tuple[dict[str, Ten
     return {name: value.to("cpu", dtypes.get(name, value.dtype)).contiguous() for name, value in state.items()}, tied
 
 
+def _renamed(patterns: Mapping[str, Pattern], layout: Layout) -> dict[str, Pattern]:
+    """The same patterns by the names in the file, ours beside where it is another."""
+    renamed: dict[str, Pattern] = {}
+    for name, pattern in patterns.items():
+        theirs = layout.rename(name)
+        renamed[theirs] = {**pattern, **({} if theirs == name else {"ours": name})}
+    return renamed
+
+
 def _describe(
     folded: nn.Module,
     sites: Sequence[WeightSite],
     modes: Mapping[str, str],
-    patterns: Mapping[str, Pattern],
     tied: Mapping[str, str],
-    *,
-    n: int,
-    m: int,
+    rename: Callable[[str], str],
 ) -> dict[str, Any]:
+    """Sites, gathers and tied parameters, tensors and modules under the names that they have in the file."""
     return {
-        "n": n,
-        "m": m,
-        "tensors": patterns,
         "sites": [
             {
                 "name": site.name,
@@ -146,13 +162,15 @@ def _describe(
                 "num_items": site.num_items,
                 "num_heads": site.num_heads,
                 "repeats": site.repeats,
-                "readers": [{"module": reader.module, "rows": reader.rows} for reader in site.readers],
+                "readers": [{"module": rename(reader.module), "rows": reader.rows} for reader in site.readers],
             }
             for site in sites
         ],
         # Rows of each part of a layer that gathers its input; the orders are in the model's file.
-        "gathers": {name: module.splits for name, module in find_gathers(folded).items()},
-        "tied": tied,
+        "gathers": {rename(name): module.splits for name, module in find_gathers(folded).items()},
+        "tied": {rename(alias): rename(name) for alias, name in tied.items()},
+        # Of tensors that are called otherwise in the model that was exported.
+        "names": {rename(name): name for name in folded.state_dict() if rename(name) != name},
     }
 
 
@@ -181,16 +199,18 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is no plain container")
 
 
-def _write(folder: Path, tensors: Mapping[str, dict[str, Tensor]], texts: Mapping[str, str]) -> None:
+def _write(folder: Path, layout: Layout, tensors: Mapping[str, dict[str, Tensor]], texts: Mapping[str, str]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
     partial.mkdir()
     try:
+        layout.write(partial)
         for name, values in tensors.items():
             save_file(values, partial / name, metadata={"format": "pt"})
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
-        (partial / SUMS).write_text(checksums(partial, [*tensors, *texts]), encoding="utf-8")
+        names = sorted(path.name for path in partial.iterdir())
+        (partial / SUMS).write_text(checksums(partial, names), encoding="utf-8")
         for path in (*partial.iterdir(), partial):
             sync(path)
         try:
@@ -212,7 +232,7 @@ def load_export(folder: str | Path, model: nn.Module) -> nn.Module:
 
     Args:
         folder: what `export` wrote.
-        model: plain: ours, timm's or transformers'; changed in place. Its dtypes stay.
+        model: plain, the one that was exported or the library's like of it; changed in place. Its dtypes stay.
     Returns:
         The model, with a `GatheredLinear` where the export has a gather.
     Raises:
@@ -220,16 +240,27 @@ def load_export(folder: str | Path, model: nn.Module) -> nn.Module:
     """
     folder = Path(folder)
     sparsity = json.loads(file_of(folder, SPARSITY).read_text(encoding="utf-8"))
-    state = load_file(file_of(folder, MODEL))
+    state = load_file(file_of(folder, OWN_WEIGHTS if (folder / OWN_WEIGHTS).is_file() else WEIGHTS))
     for alias, name in sparsity["tied"].items():
         state[alias] = state[name]
+    rename = _renaming(sparsity, model)
     for path, splits in sparsity["gathers"].items():
         order = state.get(f"{path}.input_order")
         if order is None:
             raise ValueError(f"{folder} has no order for the gather in front of {path}")
-        install_gather(model, path, order, splits=splits if order.ndim == 2 else None)
-    load_state(model, state, str(folder))
+        install_gather(model, rename(path), order, splits=splits if order.ndim == 2 else None)
+    load_state(model, {rename(name): value for name, value in state.items()}, str(folder))
     return model
+
+
+def _renaming(sparsity: Mapping[str, Any], model: nn.Module) -> Callable[[str], str]:
+    """The model's name of a tensor or module of an export, whichever of the two models it is that it knows."""
+    ours = sparsity.get("names", {})  # earlier versions had one name for both
+    expected = model.state_dict().keys()
+    if len(expected & ours.keys()) >= len(expected & set(ours.values())):
+        return str
+    modules = {name.rpartition(".")[0]: own.rpartition(".")[0] for name, own in ours.items()}
+    return lambda name: ours.get(name, modules.get(name, name))
 
 
 def file_of(folder: Path, name: str) -> Path:
@@ -259,3 +290,17 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
         if shapes[0] != shapes[1]:
             raise ValueError(f"{name} is {shapes[0]} in {source} and {shapes[1]} in {type(model).__name__}")
     model.load_state_dict(state)
+
+
+def copy_state(model: nn.Module, original: nn.Module, rename: Callable[[str], str] = str) -> None:
+    """State and gathers of a model, into the same network under other names.
+
+    Args:
+        model: changed in place.
+        original: has gathers or not.
+        rename: the model's name of a tensor or module of the original.
+    """
+    for name, module in find_gathers(original).items():
+        splits = module.splits if module.input_order.ndim == 2 else None
+        install_gather(model, rename(name), module.input_order, splits=splits)
+    load_state(model, {rename(name): value for name, value in original.state_dict().items()}, "the backbone")

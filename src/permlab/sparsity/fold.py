@@ -72,6 +72,8 @@ def install_gather(
 ) -> None:
     """Put a `GatheredLinear` in the place of a linear layer, around the same parameters; hooks on it are lost.
 
+    A model of transformers then refuses `save_pretrained`.
+
     Args:
         model: changed in place.
         path: of the layer.
@@ -87,6 +89,16 @@ def install_gather(
     if type(linear) is not nn.Linear:
         raise ValueError(f"{path} is a {type(linear).__name__}; only a plain Linear can be given a gather")
     setattr(model.get_submodule(parent), leaf, GatheredLinear(linear, input_order, splits=splits))
+    if hasattr(model, "save_pretrained"):
+        # transformers would build it again without its gathers, and so another model, and say nothing.
+        model.save_pretrained = _refuse_to_save  # type: ignore[assignment]
+
+
+def _refuse_to_save(*arguments: object, **options: object) -> None:
+    raise ValueError(
+        "this model has gathers, which from_pretrained would leave out, and so be another model; keep its export, "
+        "which permlab.sparsity.export.as_causal_lm (or load_export) reads, or prune with task.sites=foldable"
+    )
 
 
 def find_gathers(model: nn.Module) -> dict[str, GatheredLinear]:

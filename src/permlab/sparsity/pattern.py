@@ -7,7 +7,8 @@ from torch import Tensor
 
 from permlab.sparsity.weight_site import WeightSite
 
-# n, m and, where only some rows of the tensor are pruned, their half-open ranges as `rows`.
+# n, m and, where only some rows of the tensor are pruned, their half-open ranges as `rows`. Of an export under the
+# names of a library also `ours`, the tensor's name in the model that was exported.
 Pattern = Mapping[str, Any]
 
 
@@ -26,7 +27,7 @@ def verify_pattern(state: Mapping[str, Tensor], patterns: Mapping[str, Pattern])
         {'num_tensors': 1, 'num_groups': 2, 'nonzero_fraction': 0.5}
     """
     num_groups = num_nonzero = num_weights = 0
-    for name, pattern in patterns.items():
+    for name, pattern in under_names_of(state, patterns).items():
         n, m = int(pattern["n"]), int(pattern["m"])
         if name not in state:
             raise ValueError(f"there is no tensor {name}")
@@ -46,6 +47,11 @@ def verify_pattern(state: Mapping[str, Tensor], patterns: Mapping[str, Pattern])
             num_weights += counts.numel() * m
     fraction = num_nonzero / num_weights if num_weights else 0.0
     return {"num_tensors": len(patterns), "num_groups": num_groups, "nonzero_fraction": fraction}
+
+
+def under_names_of(state: Mapping[str, Tensor], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
+    """The same patterns, a tensor that the state does not have being called as in the model that was exported."""
+    return {name if name in state else pattern.get("ours", name): pattern for name, pattern in patterns.items()}
 
 
 def read_patterns(sites: Sequence[WeightSite], *, n: int, m: int) -> dict[str, Pattern]:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from permlab.sparsity.fold import GatheredLinear
-from permlab.sparsity.pattern import Pattern, verify_pattern
+from permlab.sparsity.pattern import Pattern, under_names_of, verify_pattern
 from permlab.sparsity.run_model import run_model
 
 
@@ -74,6 +74,7 @@ def to_semi_structured(model: nn.Module, patterns: Mapping[str, Pattern]) -> dic
             raise ValueError(f"{name} is {pattern['n']}:{pattern['m']}; torch has kernels for 2:4 only")
     verify_pattern(model.state_dict(), patterns)
     reasons = {}
+    patterns = under_names_of(model.state_dict(), patterns)
     for name, pattern in patterns.items():
         path = name.removesuffix(".weight")
         linear = model.get_submodule(path)

@@ -1,6 +1,7 @@
 """Export of a pruned run: weights that are contiguously N:M, with their orders, for other software."""
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,13 @@ def export_run(
     n, m, sites, config = plan.task.n, plan.task.m, method.sites, plan.config
     inputs = data.sample("test", NUM_SAMPLES)[0][0]
     about = {"model": config["model"], "data": {"name": config["data"]["name"]}, "method": config["method"]["name"]}
+    summary = json.loads((plan.directory / "summary.json").read_text(encoding="utf-8"))
+    results = {key: summary[key] for key in (plan.task.metric.key,) if key in summary}
     try:
         report = export(
-            folder, dense=dense, pruned=pruned, sites=sites, orders=orders, n=n, m=m, inputs=inputs, config=about
-        )
+            folder, dense=dense, pruned=pruned, sites=sites, orders=orders, n=n, m=m, inputs=inputs,
+            config=about, tokenizer=data.load_tokenizer(), results=results,
+        )  # fmt: skip
         _print(report, n, m)
         if sparse:
             fresh = build("model", config["model"], plan.spec)
@@ -72,6 +76,9 @@ def _print(report: Mapping[str, Any], n: int, m: int) -> None:
     print(f"sites folded / gathered          {report['num_folded']} / {report['num_gathered']}")
     print(f"dense, before and after folding  {report['dense_difference']:.2g} relative")
     print(f"pruned, trained and exported     {report['pruned_difference']:.2g} relative")
+    print(f"opens as                         {report['opens']}")
+    if report["num_gathered"]:
+        print("task.sites=foldable has sites without a gather, which any software runs")
 
 
 def _time(model: nn.Module, patterns: Mapping[str, Any], inputs: torch.Tensor) -> None:
