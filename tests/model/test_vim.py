@@ -122,13 +122,27 @@ def test_step_sizes_start_between_their_bounds() -> None:
     assert DT_MIN * 0.99 < step.min() < step.max() < DT_MAX * 1.01
 
 
+def test_patches_start_as_published() -> None:
+    """LeCun's normal law and no bias, as timm draws it for hustvl/Vim."""
+    from timm.layers import lecun_normal_
+
+    embedding = vim(width=512, patch_size=2).patch_embed
+    assert not embedding.bias.any()
+    drawn = torch.empty(512, 2, 2, 2)
+    lecun_normal_(drawn)
+    drawn = drawn.flatten().sort().values
+    torch.testing.assert_close(embedding.weight.detach().flatten().sort().values, drawn, rtol=0.1, atol=0.02)
+    assert abs(embedding.weight.std() * 8**0.5 - 1) < 0.05
+    assert embedding.weight.abs().max() <= drawn.abs().max() * 1.02
+
+
 def test_weight_decay_leaves_the_dynamics_alone() -> None:
     free = {name for name, p in vim().named_parameters() if getattr(p, "_no_weight_decay", False)}
     assert {name.split(".")[-1] for name in free} == {"A_log", "A_b_log", "D", "D_b", "cls_token", "pos_embed"}
 
 
 def test_drop_path_acts_in_training_only() -> None:
-    model = vim(drop_path=0.9)
+    model = vim(drop_path=0.5)
     images = torch.rand(8, 2, 4, 6)
     torch.testing.assert_close(model(images), model(images))
     model.train()

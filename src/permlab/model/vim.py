@@ -1,7 +1,8 @@
 """Vision Mamba: a bidirectional state-space model over patches."""
 
 import math
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 from permlab.data.spec import DataSpec
 from permlab.model.base import Backbone, free_of_decay
+from permlab.model.vim_checkpoint import from_published, is_published, load_fitting
 from permlab.ops.selective_scan import selective_scan
-from permlab.option import Dropout, PositiveInt, Side
+from permlab.option import AddedLater, Dropout, PositiveInt, Side, Verbatim
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
@@ -37,10 +39,14 @@ class Vim(Backbone):
         readout: features of the class token in the middle, mean over the slots, or of the last slot.
         direction: `bidirectional`, or `forward`, in which a slot hears only of those before it: the
             class token then hears of the first half of the items alone, so read the last slot.
+        pretrained: start from weights under the names of hustvl/Vim, or ours: a `.safetensors` file, one of
+            `torch.save`, or a folder with one. They are interpolated to the patch size, the grid and the
+            channels of the data; the head is kept only if the number of classes is the same. The published ones
+            read images normalised by ImageNet's mean and deviation. None: random weights.
     Raises:
-        ValueError: if the patch size does not divide the image.
+        ValueError: if the patch size does not divide the image, or pretrained weights cannot be read or do not fit.
     Source: Zhu et al. 2024, arXiv:2401.09417 (bidirectional block, class token, halved sum of the
-        directions); Gu and Dao 2023, arXiv:2312.00752 (block and initialisation).
+        directions, initialisation of the patches); Gu and Dao 2023, arXiv:2312.00752 (block and its initialisation).
     Differs from source: the position table may be added by slot, or left out, and there is a class
         token only where it is read. Parameter names are those of `mamba_ssm.Mamba` and of Vim.
     Cost: O(b depth n d (d + num_states)) time.
@@ -51,6 +57,8 @@ class Vim(Backbone):
         >>> vim(torch.rand(3, 1, 8, 8)).shape
         torch.Size([3, 10])
     """
+
+    stem = "patch_embed"
 
     def __init__(
         self,
@@ -66,12 +74,13 @@ class Vim(Backbone):
         position: Literal["item", "slot", "none"],
         readout: Literal["cls", "mean", "last"],
         direction: Literal["bidirectional", "forward"],
+        pretrained: Annotated[Verbatim | None, AddedLater(None)] = None,
     ) -> None:
         super().__init__()
         self.set_grid(spec, patch_size)
         self.num_features = width
         self.position, self.readout, self.direction = position, readout, direction
-        self.patch_embed = nn.Conv2d(spec.channels, width, patch_size, stride=patch_size)
+        self.patch_embed = _patch_embedding(spec.channels, width, patch_size)
         rates = [drop_path * index / max(1, depth - 1) for index in range(depth)]
         self.blocks = nn.ModuleList(
             Block(Mixer(width, num_states, expand, conv_kernel, direction, depth=depth), width, rate) for rate in rates
@@ -83,6 +92,8 @@ class Vim(Backbone):
         self.cls_token = _table(1, width) if readout == "cls" else None
         num_positions = self.num_items + (readout == "cls")
         self.pos_embed = _table(num_positions, width) if position != "none" else None
+        if pretrained is not None:
+            load_fitting(pretrained, self)
 
     @property
     def idle_parameters(self) -> tuple[str, ...]:
@@ -96,6 +107,9 @@ class Vim(Backbone):
         return self._add_positions(items) if self.position == "item" else items
 
     def encode(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
+        return self.pool(self.tokens(items))
+
+    def tokens(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b t d"]:
         tokens = self._add_positions(items) if self.position == "slot" else items
         middle = self.num_items // 2
         if self.cls_token is not None:
@@ -104,10 +118,30 @@ class Vim(Backbone):
             tokens = torch.cat([tokens[:, :middle], token.expand(len(tokens), -1, -1), tokens[:, middle:]], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
-        features = self.norm(tokens)
+        return self.norm(tokens)
+
+    def pool(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b d"]:
         if self.readout == "mean":
-            return features.mean(1)
-        return features[:, middle if self.readout == "cls" else -1]
+            return tokens.mean(1)
+        return tokens[:, self.num_items // 2 if self.readout == "cls" else -1]
+
+    def items_of(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b n d"]:
+        if self.cls_token is None:
+            return tokens
+        middle = self.num_items // 2
+        return torch.cat([tokens[:, :middle], tokens[:, middle + 1 :]], dim=1)
+
+    @property
+    def stages(self) -> Sequence[nn.Module]:
+        return tuple(self.blocks)
+
+    @property
+    def item_positions(self) -> tuple[str, int, int] | None:
+        return None if self.pos_embed is None else ("pos_embed", 0, int(self.cls_token is not None))
+
+    def adapt(self, state: Mapping[str, Tensor], grid: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        """As of every backbone; tensors under their published names get ours."""
+        return super().adapt(from_published(state) if is_published(state) else state, grid)
 
     def _add_positions(self, items: Tensor) -> Tensor:
         assert self.pos_embed is not None
@@ -184,6 +218,17 @@ class Mixer(nn.Module):
             delta_bias=dt_proj.bias,
             delta_softplus=True,
         )
+
+
+def _patch_embedding(channels: int, width: int, patch_size: int) -> nn.Conv2d:
+    """LeCun's normal law, cut off at two deviations and of variance one over the number of inputs; no bias at first."""
+    embedding = nn.Conv2d(channels, width, patch_size, stride=patch_size)
+    # The law that is left between -2 and 2 has this deviation.
+    std = (channels * patch_size**2) ** -0.5 / 0.87962566103423978
+    nn.init.trunc_normal_(embedding.weight, std=std, a=-2 * std, b=2 * std)
+    assert embedding.bias is not None
+    nn.init.zeros_(embedding.bias)
+    return embedding
 
 
 def _table(length: int, width: int) -> nn.Parameter:
