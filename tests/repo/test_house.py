@@ -17,7 +17,16 @@ SOURCE = Path(__file__).resolve().parents[2] / "src"
 PACKAGE = SOURCE / "permlab"
 # From the roof down, rooms of one storey together. `task/` stands for the folder of any task.
 STOREYS = (
-    *(("cli", "sweep"), ("run",), ("study",), ("callback",), ("task/",), ("task",), ("method",), ("sparsity",)),
+    *(
+        ("cli", "sweep", "timm_models"),
+        ("run",),
+        ("study",),
+        ("callback",),
+        ("task/",),
+        ("task",),
+        ("method",),
+        ("sparsity",),
+    ),
     *(("figure",), ("record",), ("model",), ("config",), ("data",), ("ops",), ("ground",)),
 )
 # What no line of a room may mention, but for the files that are the place for it.

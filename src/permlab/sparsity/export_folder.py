@@ -21,6 +21,7 @@ from permlab.record.rundir import checksums, sync
 from permlab.sparsity.fold import find_gathers, fold, install_gather
 from permlab.sparsity.pattern import Pattern, read_patterns, verify_pattern
 from permlab.sparsity.run_model import run_model, widen
+from permlab.sparsity.timm_folder import timm_config
 from permlab.sparsity.weight_site import WeightSite
 
 MODEL, PERMUTATION, SPARSITY, CONFIG = "model.safetensors", "permutation.safetensors", "sparsity.json", "config.json"
@@ -70,7 +71,7 @@ def export(
     """
     folder = Path(folder)
     _check_free(folder)
-    texts = {CONFIG: _to_json(config, "config")}
+    _to_json(config, "config")  # or it is refused before anything is computed
     _check_structure(dense, pruned)
     _, modes, dense_difference = _fold_copy(dense, sites, orders, inputs)
     folded, _, pruned_difference = _fold_copy(pruned, sites, orders, inputs)
@@ -80,6 +81,7 @@ def export(
     patterns = read_patterns(sites, n=n, m=m)
     state, tied = _unique_state(folded, pruned)
     counts = verify_pattern(state, patterns)
+    texts = {CONFIG: _to_json({**config, **timm_config(folded, config.get("normalisation"))}, "config")}
     texts[SPARSITY] = _to_json(_describe(folded, sites, modes, patterns, tied, n=n, m=m), "sparsity")
     permutation = {site.name: orders[site.name].detach().cpu().clone() for site in sites}
     _write(folder, {MODEL: state, PERMUTATION: permutation}, texts)

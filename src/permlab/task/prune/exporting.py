@@ -53,6 +53,7 @@ def export_run(
     n, m, sites, config = plan.task.n, plan.task.m, method.sites, plan.config
     inputs = data.sample("test", NUM_SAMPLES)[0][0]
     about = {"model": config["model"], "data": {"name": config["data"]["name"]}, "method": config["method"]["name"]}
+    about["normalisation"] = data.normalisation()
     try:
         report = export(
             folder, dense=dense, pruned=pruned, sites=sites, orders=orders, n=n, m=m, inputs=inputs, config=about
