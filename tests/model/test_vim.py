@@ -101,6 +101,28 @@ def test_forward_hears_nothing_of_what_comes_later() -> None:
     assert (both.encode(later) - both.encode(items)).abs().max() > 1e-6
 
 
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("sizes", [[1] * 6, [4, 2], [2, 1, 3]])
+def test_slots_read_in_steps_are_the_whole_sequence(position: str, sizes: list[int]) -> None:
+    model = vim(direction="forward", readout="last", position=position).double()
+    items = model.embed(torch.rand(2, 2, 4, 6, dtype=torch.float64))[:, [4, 2, 0, 1, 5, 3]]
+    progress, found = None, []
+    for part in items.split(sizes, dim=1):
+        features, progress = model.step(part, progress)
+        found.append(features)
+    torch.testing.assert_close(torch.cat(found, 1), model.tokens(items), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(model.head(found[-1][:, -1]), model.read(items))
+    assert progress.num_slots == 6
+    assert sum(part.numel() for memory in progress.memories for part in memory) == 2 * 2 * 16 * (3 + 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"direction": "forward"}, {"readout": "last"}])
+def test_what_hears_of_later_slots_is_not_read_in_steps(options: dict) -> None:
+    model = vim(**options)
+    with pytest.raises(ValueError, match="with direction=forward and readout=last or mean alone"):
+        model.step(torch.rand(1, 1, 8))
+
+
 def test_the_position_table_travels_with_the_item_or_stays_at_the_slot() -> None:
     order = torch.tensor([4, 2, 0, 1, 5, 3])
     images = torch.rand(2, 2, 4, 6)

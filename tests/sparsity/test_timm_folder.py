@@ -46,7 +46,7 @@ def test_timm_opens_the_folder_and_the_file(tmp_path, changes) -> None:
         found = outputs(model.eval().to(setting["inputs"].dtype), setting["inputs"])
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         assert type(model).__module__ == "timm.models.vision_transformer"
-    assert timm.data.resolve_data_config(model=from_folder)["mean"] == (0.0, 0.0)
+    assert tuple(timm.data.resolve_data_config(model=from_folder)["mean"]) == (0.0, 0.0)
 
 
 def test_a_folder_with_gathers_is_refused_by_timm(tmp_path) -> None:

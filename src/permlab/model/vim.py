@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,24 @@ from permlab.ops.selective_scan import selective_scan
 from permlab.option import AddedLater, Dropout, PositiveInt, Side, Verbatim
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+
+
+class Memory(NamedTuple):
+    """What a mixer knows of the tokens it has read.
+
+    Shapes:
+        window: `[b, e, conv_kernel - 1]`, the last inputs of the convolution.  state: `[b, e, s]`, of the scan.
+    """
+
+    window: Tensor
+    state: Tensor
+
+
+class Progress(NamedTuple):
+    """How far a sequence has been read: the number of slots, and the memory of each block."""
+
+    num_slots: int
+    memories: tuple[Memory, ...]
 
 
 class Vim(Backbone):
@@ -120,6 +138,43 @@ class Vim(Backbone):
             tokens = block(tokens)
         return self.norm(tokens)
 
+    def step(
+        self, items: Float[Tensor, "b l d"], progress: Progress | None = None
+    ) -> tuple[Float[Tensor, "b l d"], Progress]:
+        """Read the next slots of a sequence, one or more, at a cost that does not grow with those before.
+
+        Args:
+            items: for the next slots, from `embed`, in the order in which they are read.
+            progress: what the step before returned; None at the beginning.
+        Returns:
+            Features of these slots, as `tokens` gives them for the whole sequence; and what the next step takes.
+        Raises:
+            ValueError: if slots hear of later ones (`direction=bidirectional`), or there is a class token.
+        Example:
+            >>> spec = DataSpec(kind="image", num_classes=10, channels=1, height=8, width=8)
+            >>> vim = Vim(spec, patch_size=4, width=8, depth=1, num_states=4, expand=2, conv_kernel=4, drop_path=0.0,
+            ...           position="item", readout="last", direction="forward")
+            >>> items = vim.embed(torch.rand(3, 1, 8, 8))
+            >>> first, progress = vim.step(items[:, :3])
+            >>> second, _ = vim.step(items[:, 3:], progress)
+            >>> torch.allclose(torch.cat([first, second], 1), vim.tokens(items), atol=1e-5)
+            True
+        """
+        if self.direction != "forward" or self.cls_token is not None:
+            raise ValueError(
+                f"direction={self.direction}, readout={self.readout}: slots can be read one after the other with "
+                "direction=forward and readout=last or mean alone"
+            )
+        start, memories = progress or (0, (None,) * len(self.blocks))
+        tokens, after = items, []
+        if self.position == "slot":
+            assert self.pos_embed is not None
+            tokens = tokens + self.pos_embed[:, start : start + tokens.shape[1]]
+        for block, memory in zip(self.blocks, memories, strict=True):
+            tokens, memory = block.step(tokens, memory)
+            after.append(memory)
+        return self.norm(tokens), Progress(start + items.shape[1], tuple(after))
+
     def pool(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b d"]:
         if self.readout == "mean":
             return tokens.mean(1)
@@ -163,6 +218,10 @@ class Block(nn.Module):
     def forward(self, tokens: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
         return tokens + self.drop_path(self.mixer(self.norm(tokens)))
 
+    def step(self, tokens: Float[Tensor, "b l d"], memory: Memory | None) -> tuple[Float[Tensor, "b l d"], Memory]:
+        mixed, memory = self.mixer.step(self.norm(tokens), memory)
+        return tokens + self.drop_path(mixed), memory
+
 
 class Mixer(nn.Module):
     """Gated selective scan, forward and, with its own convolution and scan parameters, backward.
@@ -202,22 +261,38 @@ class Mixer(nn.Module):
             y = (y + self._scan(x.flip(-1), z.flip(-1), "_b").flip(-1)) / 2
         return self.out_proj(y.mT)
 
-    def _scan(self, x: Float[Tensor, "b e l"], z: Float[Tensor, "b e l"], suffix: str) -> Float[Tensor, "b e l"]:
-        conv, x_proj, dt_proj = (getattr(self, f"{name}{suffix}") for name in ("conv1d", "x_proj", "dt_proj"))
-        rates = self.A_log if not suffix else self.A_b_log
-        u = F.silu(conv(x)[..., : x.shape[-1]])
-        step, B, C = x_proj(u.mT).mT.split([self.dt_rank, self.num_states, self.num_states], dim=1)
-        return selective_scan(
-            u,
-            dt_proj(step.mT).mT,
-            -rates.float().exp() if rates.dtype != torch.float64 else -rates.exp(),
-            B,
-            C,
-            getattr(self, f"D{suffix}"),
+    def step(self, tokens: Float[Tensor, "b l d"], memory: Memory | None) -> tuple[Float[Tensor, "b l d"], Memory]:
+        """Mix the next tokens of a sequence with what is remembered of those before; forward only."""
+        x, z = self.in_proj(tokens).mT.chunk(2, dim=1)
+        conv: nn.Conv1d = self.conv1d  # type: ignore[assignment]
+        length = conv.kernel_size[0] - 1
+        window = x.new_zeros(*x.shape[:2], length) if memory is None else memory.window
+        x = torch.cat([window, x], dim=-1)
+        u = F.silu(F.conv1d(x, conv.weight, conv.bias, groups=conv.groups))
+        y, state = selective_scan(
+            *self._coefficients(u, ""),
             z=z,
-            delta_bias=dt_proj.bias,
+            delta_bias=self.dt_proj.bias,  # type: ignore[union-attr, arg-type]
             delta_softplus=True,
+            initial_state=None if memory is None else memory.state,
+            return_last_state=True,
         )
+        return self.out_proj(y.mT), Memory(x[..., x.shape[-1] - length :], state)
+
+    def _scan(self, x: Float[Tensor, "b e l"], z: Float[Tensor, "b e l"], suffix: str) -> Float[Tensor, "b e l"]:
+        u = F.silu(getattr(self, f"conv1d{suffix}")(x)[..., : x.shape[-1]])
+        bias = getattr(self, f"dt_proj{suffix}").bias
+        return selective_scan(*self._coefficients(u, suffix), z=z, delta_bias=bias, delta_softplus=True)
+
+    def _coefficients(
+        self, u: Float[Tensor, "b e l"], suffix: str
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The scan's u, delta, A, B, C and D."""
+        x_proj, dt_proj = getattr(self, f"x_proj{suffix}"), getattr(self, f"dt_proj{suffix}")
+        rates = self.A_log if not suffix else self.A_b_log
+        step, B, C = x_proj(u.mT).mT.split([self.dt_rank, self.num_states, self.num_states], dim=1)
+        A = -rates.float().exp() if rates.dtype != torch.float64 else -rates.exp()
+        return u, dt_proj(step.mT).mT, A, B, C, getattr(self, f"D{suffix}")
 
 
 def _patch_embedding(channels: int, width: int, patch_size: int) -> nn.Conv2d:
