@@ -33,6 +33,7 @@ STOREYS = (
 PRUNING = re.compile(r"\bprun|wanda|N:M|\bdense\b", re.IGNORECASE)
 PRUNING_LIVES_IN = ("task/prune/", "sparsity/")
 PRUNING_MAY_BE_NAMED = {
+    "timm_models/timm_model.py": "timm's names of a method and of its arguments",
     "ops/nm.py": "its masks have no other name in the field",
     "ops/assignment.py": "the title of the paper that it follows",
 }

@@ -171,7 +171,7 @@ class Vim(Backbone):
             assert self.pos_embed is not None
             tokens = tokens + self.pos_embed[:, start : start + tokens.shape[1]]
         for block, memory in zip(self.blocks, memories, strict=True):
-            tokens, memory = block.step(tokens, memory)
+            tokens, memory = block.step(tokens, memory)  # type: ignore[operator]
             after.append(memory)
         return self.norm(tokens), Progress(start + items.shape[1], tuple(after))
 
@@ -264,7 +264,7 @@ class Mixer(nn.Module):
     def step(self, tokens: Float[Tensor, "b l d"], memory: Memory | None) -> tuple[Float[Tensor, "b l d"], Memory]:
         """Mix the next tokens of a sequence with what is remembered of those before; forward only."""
         x, z = self.in_proj(tokens).mT.chunk(2, dim=1)
-        conv: nn.Conv1d = self.conv1d  # type: ignore[assignment]
+        conv, bias = getattr(self, "conv1d"), getattr(self, "dt_proj").bias  # noqa: B009 (their names are made up above)
         length = conv.kernel_size[0] - 1
         window = x.new_zeros(*x.shape[:2], length) if memory is None else memory.window
         x = torch.cat([window, x], dim=-1)
@@ -272,7 +272,7 @@ class Mixer(nn.Module):
         y, state = selective_scan(
             *self._coefficients(u, ""),
             z=z,
-            delta_bias=self.dt_proj.bias,  # type: ignore[union-attr, arg-type]
+            delta_bias=bias,
             delta_softplus=True,
             initial_state=None if memory is None else memory.state,
             return_last_state=True,
