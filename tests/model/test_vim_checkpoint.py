@@ -138,7 +138,9 @@ def test_what_is_not_there_or_not_clear_is_named(tmp_path: Path, file: str) -> N
     ("change", "message"),
     [
         ({"layers.1.mixer.D_b": None}, "it has no layers.1.mixer.D_b"),
-        ({"layers.0.mlp.w1.weight": torch.ones(2, 2)}, "layers.0.mlp.w1.weight has no place here"),
+        ({"layers.0.mixer.gamma": torch.ones(2)}, "layers.0.mixer.gamma has no place here"),
+        ({"layers.0.mlp.w1.weight": torch.ones(2, 2)}, "these are ARM's blocks"),
+        ({"layers.0.mixer.A_c_log": torch.ones(2, 2)}, "these are ARM's blocks"),
         ({"norm_f.weight": torch.ones(9)}, r"norm_f.weight is \[9\], not \[8\]"),
         ({"pos_embed": torch.ones(1, 8, 8)}, "a position table of 7 rows has no 2x2 grid to be fitted from"),
         ({"cls_token": None}, "it has no cls_token"),

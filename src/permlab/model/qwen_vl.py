@@ -84,6 +84,7 @@ class QwenVl(Backbone):
     """
 
     reads = ("image", "text")
+    stem = "visual.patch_embed.proj"
 
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "merge_size": ("kind", ["text"]),

@@ -1,8 +1,9 @@
 """Vision Mamba's weights under their published names: read, brought to a model's shape, and written.
 
-The names are those of hustvl/Vim, which ARM's code shares: `layers.0.mixer.in_proj.weight`, `norm_f.weight`,
-`patch_embed.proj.weight`. The published position table has the class token's row in the middle, where the token
-stands in the sequence; ours has it last, where no number of items moves it.
+The names are those of hustvl/Vim: `layers.0.mixer.in_proj.weight`, `norm_f.weight`, `patch_embed.proj.weight`.
+ARM's code shares them for what the two models share; its blocks are others, and refused. The published position
+table has the class token's row in the middle, where the token stands in the sequence; ours has it last, where no
+number of items moves it.
 """
 
 import argparse
@@ -149,10 +150,13 @@ def load_fitting(source: str, model: Backbone) -> None:
         source: see `read_tensors`; under the published names or ours.
         model: changed in place.
     Raises:
-        ValueError: naming the first tensor that is missing, has no place, or has a shape that cannot be fitted.
+        ValueError: naming the first tensor that is missing, has no place, or has a shape that cannot be fitted; and
+            for ARM's blocks.
     """
     found = read_tensors(source)
     theirs = is_published(found)
+    if theirs and any(".A_c_log" in name or ".mlp." in name for name in found):
+        raise ValueError(f"pretrained={source}: these are ARM's blocks, with four scans or an MLP, which Vim has not")
     state = from_published(found) if theirs else found
     expected = model.state_dict()
     try:
