@@ -101,6 +101,28 @@ def test_forward_hears_nothing_of_what_comes_later() -> None:
     assert (both.encode(later) - both.encode(items)).abs().max() > 1e-6
 
 
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("sizes", [[1] * 6, [4, 2], [2, 1, 3]])
+def test_slots_read_in_steps_are_the_whole_sequence(position: str, sizes: list[int]) -> None:
+    model = vim(direction="forward", readout="last", position=position).double()
+    items = model.embed(torch.rand(2, 2, 4, 6, dtype=torch.float64))[:, [4, 2, 0, 1, 5, 3]]
+    progress, found = None, []
+    for part in items.split(sizes, dim=1):
+        features, progress = model.step(part, progress)
+        found.append(features)
+    torch.testing.assert_close(torch.cat(found, 1), model.tokens(items), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(model.head(found[-1][:, -1]), model.read(items))
+    assert progress.num_slots == 6
+    assert sum(part.numel() for memory in progress.memories for part in memory) == 2 * 2 * 16 * (3 + 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"direction": "forward"}, {"readout": "last"}])
+def test_what_hears_of_later_slots_is_not_read_in_steps(options: dict) -> None:
+    model = vim(**options)
+    with pytest.raises(ValueError, match="with direction=forward and readout=last or mean alone"):
+        model.step(torch.rand(1, 1, 8))
+
+
 def test_the_position_table_travels_with_the_item_or_stays_at_the_slot() -> None:
     order = torch.tensor([4, 2, 0, 1, 5, 3])
     images = torch.rand(2, 2, 4, 6)
@@ -122,13 +144,27 @@ def test_step_sizes_start_between_their_bounds() -> None:
     assert DT_MIN * 0.99 < step.min() < step.max() < DT_MAX * 1.01
 
 
+def test_patches_start_as_published() -> None:
+    """LeCun's normal law and no bias, as timm draws it for hustvl/Vim."""
+    from timm.layers import lecun_normal_
+
+    embedding = vim(width=512, patch_size=2).patch_embed
+    assert not embedding.bias.any()
+    drawn = torch.empty(512, 2, 2, 2)
+    lecun_normal_(drawn)
+    drawn = drawn.flatten().sort().values
+    torch.testing.assert_close(embedding.weight.detach().flatten().sort().values, drawn, rtol=0.1, atol=0.02)
+    assert abs(embedding.weight.std() * 8**0.5 - 1) < 0.05
+    assert embedding.weight.abs().max() <= drawn.abs().max() * 1.02
+
+
 def test_weight_decay_leaves_the_dynamics_alone() -> None:
     free = {name for name, p in vim().named_parameters() if getattr(p, "_no_weight_decay", False)}
     assert {name.split(".")[-1] for name in free} == {"A_log", "A_b_log", "D", "D_b", "cls_token", "pos_embed"}
 
 
 def test_drop_path_acts_in_training_only() -> None:
-    model = vim(drop_path=0.9)
+    model = vim(drop_path=0.5)
     images = torch.rand(8, 2, 4, 6)
     torch.testing.assert_close(model(images), model(images))
     model.train()

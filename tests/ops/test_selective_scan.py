@@ -84,6 +84,125 @@ def test_gradients_are_finite_differences(backend: str, shape: tuple[int, ...], 
     assert torch.autograd.gradcheck(scan, tensors[:5])
 
 
+# Coefficients by token, by token and group of channels, or by channel; and states before and after.
+
+FORMS = {"token": None, "halves": 2, "thirds": 3, "constant": None}  # how many groups
+PAIRS = [
+    ("token", "constant"),
+    ("constant", "thirds"),
+    ("constant", "constant"),
+    ("halves", "halves"),
+    ("thirds", "halves"),
+]
+
+
+def in_form(form: str, b: int, d: int, length: int, s: int) -> Tensor:
+    """Coefficients of `d` channels, a multiple of six, in one of the forms that are read."""
+    shape = {"token": (b, s, length), "constant": (d, s)}.get(form, (b, FORMS[form], s, length))
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def with_forms(B: str, C: str, b: int = 2, d: int = 6, length: int = 19, s: int = 3) -> list[Tensor]:
+    """The eight tensors and an initial state."""
+    tensors = example(b, d, length, s)
+    tensors[3:5] = in_form(B, b, d, length, s), in_form(C, b, d, length, s)
+    return [*tensors, torch.randn(b, d, s, dtype=torch.float64, requires_grad=True)]
+
+
+def by_channel(coefficients: Tensor, b: int, d: int, length: int) -> Tensor:
+    """The same coefficients written out, `[b, d, s, l]`."""
+    if coefficients.ndim == 2:
+        return coefficients[None, :, :, None].expand(b, -1, -1, length)
+    grouped = coefficients.unsqueeze(1) if coefficients.ndim == 3 else coefficients
+    return grouped.repeat_interleave(d // grouped.shape[1], dim=1)
+
+
+def by_definition(u, delta, A, B, C, D, z, delta_bias, state) -> tuple[Tensor, Tensor]:
+    """Token by token, all channels at once, with step sizes through softplus; and the last state."""
+    b, d, length = u.shape
+    B, C = by_channel(B, b, d, length), by_channel(C, b, d, length)
+    steps, outputs = torch.nn.functional.softplus(delta + delta_bias[:, None]), []
+    for t in range(length):
+        dt = steps[..., t, None]
+        state = torch.exp(dt * A) * state + dt * B[..., t] * u[..., t, None]
+        outputs.append((C[..., t] * state).sum(-1))
+    return (torch.stack(outputs, -1) + D[:, None] * u) * torch.nn.functional.silu(z), state
+
+
+@pytest.mark.parametrize(("B", "C"), [("token", "token"), *PAIRS])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_states_and_every_form_of_coefficients_are_their_definition(backend: str, B: str, C: str) -> None:
+    for d, length in ((6, 19), (72, 5)):  # groups smaller than the kernel's lanes, and with a rest of them
+        *tensors, initial = with_forms(B, C, d=d, length=length)
+        y, last = selective_scan(
+            *tensors, delta_softplus=True, backend=backend, initial_state=initial, return_last_state=True
+        )
+        expected = by_definition(*tensors, initial)
+        torch.testing.assert_close((y, last), expected, rtol=1e-10, atol=1e-12)
+        weights = [torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x) for x in expected]
+        found = torch.autograd.grad((y, last), [*tensors, initial], weights)
+        wanted = torch.autograd.grad(expected, [*tensors, initial], weights)
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("B", "C"), [("token", "token"), *PAIRS])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_through_both_states_are_finite_differences(backend: str, B: str, C: str) -> None:
+    def scan(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return selective_scan(
+            *tensors[:-1], delta_softplus=True, backend=backend, initial_state=tensors[-1], return_last_state=True
+        )
+
+    tensors = with_forms(B, C, b=1, length=5, s=2)
+    assert torch.autograd.gradcheck(scan, tensors, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *x: scan(*x)[1], tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 20, [7, 1, 12]])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pieces_give_the_whole_sequence_and_its_gradients(backend: str, sizes: list[int]) -> None:
+    tensors = example(2, 5, 20, 3)
+    u, delta, A, B, C, D, z, bias = tensors
+    state, pieces = None, []
+    for start, size in zip(np.cumsum([0, *sizes]), sizes, strict=False):
+        part = [x[..., start : start + size] for x in (u, delta, B, C, z)]
+        y, state = selective_scan(
+            *part[:2], A, *part[2:4], D, part[4], bias, True,
+            backend=backend, initial_state=state, return_last_state=True,
+        )  # fmt: skip
+        pieces.append(y)
+    whole, last = selective_scan(*tensors, delta_softplus=True, backend=backend, return_last_state=True)
+    weight = torch.randn_like(whole)
+    torch.testing.assert_close((torch.cat(pieces, -1), state), (whole, last), rtol=1e-10, atol=1e-12)
+    found = torch.autograd.grad((torch.cat(pieces, -1), state), tensors, (weight, torch.ones_like(last)))
+    wanted = torch.autograd.grad((whole, last), tensors, (weight, torch.ones_like(last)))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_last_state_keeps_the_precision_of_the_computation(backend: str) -> None:
+    *tensors, initial = [x.detach().bfloat16() for x in with_forms("token", "halves")]
+    y, last = selective_scan(*tensors, backend=backend, initial_state=initial, return_last_state=True)
+    assert (y.dtype, last.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_constant_coefficients_make_no_tensor_of_all_states() -> None:
+    b, d, length, s = 2, 36, 256, 16
+    tensors = with_forms("constant", "constant", b, d, length, s)[:8]
+    with Largest() as largest:
+        with_gradients(tensors, "torch")
+    assert largest.size <= b * d * length * s // 15
+
+
+def test_groups_that_do_not_divide_the_channels_are_named() -> None:
+    tensors = example(2, 3, 7, 5)
+    tensors[4] = torch.zeros(2, 2, 5, 7, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"^C has shape \(2, 2, 5, 7\): 2 groups do not divide 3 channels"):
+        selective_scan(*tensors)
+    with pytest.raises(ValueError, match=r"^initial_state has shape \(2, 3, 4\), expected \(2, 3, 5\)"):
+        selective_scan(*example(2, 3, 7, 5), initial_state=torch.zeros(2, 3, 4))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float32_is_as_good_as_float32_gets(backend: str) -> None:
     tensors = example(2, 70, 300, 16)
@@ -356,9 +475,39 @@ def test_a_trusted_kernel_is_called_with_what_it_reads(kernel, monkeypatch: pyte
         return honest(*arguments)
 
     kernel(spy)
-    monkeypatch.setattr(module, "_cuda_refusal", lambda tensors: None)
+    monkeypatch.setattr(module, "_cuda_refusal", lambda tensors, **_: None)
     u, *rest = (tensor.detach().float() for tensor in example(2, 3, 7, 5))
     found = selective_scan(u.bfloat16(), *rest, delta_softplus=True)
     short, single = torch.bfloat16, torch.float32
     assert seen == [short, short, single, short, short, single, short, single]
     np.testing.assert_allclose(found.float(), sequential(u, *rest, delta_softplus=True), rtol=0.1, atol=0.1)
+
+
+def test_states_that_the_kernel_does_not_know_go_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_probe", lambda device: None)
+    *tensors, initial = with_forms("thirds", "halves")
+    given = {"u": tensors[0], "B": tensors[3], "C": tensors[4]}
+    monkeypatch.setattr(Tensor, "device", torch.device("cuda", 0), raising=False)
+    monkeypatch.setattr(Tensor, "dtype", torch.float32, raising=False)
+    assert "equally many groups" in module._cuda_refusal(given, return_last_state=False)
+    assert "no gradient" in module._cuda_refusal(given, return_last_state=True)
+    assert "without a state" in module._cuda_refusal(given | {"initial_state": initial}, return_last_state=False)
+    with torch.no_grad():
+        given["C"] = given["B"]
+        assert module._cuda_refusal(given, return_last_state=True) is None
+
+
+def test_a_trusted_kernel_returns_its_last_state(kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(*arguments, return_last_state=False):
+        seen.extend(x.dtype for x in arguments[3:5])
+        return selective_scan(*arguments, backend="torch", return_last_state=return_last_state)
+
+    kernel(spy)
+    monkeypatch.setattr(module, "_cuda_refusal", lambda tensors, **_: None)
+    *tensors, _ = (tensor.detach().float() for tensor in with_forms("constant", "thirds"))
+    tensors[0] = tensors[0].bfloat16()
+    y, last = selective_scan(*tensors, delta_softplus=True, return_last_state=True)
+    assert seen == [torch.float32, torch.bfloat16]
+    assert (y.dtype, last.dtype, last.shape) == (torch.bfloat16, torch.float32, (2, 6, 3))

@@ -17,13 +17,15 @@ SOURCE = Path(__file__).resolve().parents[2] / "src"
 PACKAGE = SOURCE / "permlab"
 # From the roof down, rooms of one storey together. `task/` stands for the folder of any task.
 STOREYS = (
-    *(("cli", "sweep", "door"), ("run",), ("study",), ("callback",), ("task/",), ("task",), ("method",), ("sparsity",)),
+    *(("cli", "sweep", "timm_models", "door"), ("run",), ("study",), ("callback",), ("task/",), ("task",)),
+    *(("method",), ("sparsity",)),
     *(("figure",), ("record",), ("model",), ("config",), ("data",), ("ops",), ("ground",)),
 )
 # What no line of a room may mention, but for the files that are the place for it.
 PRUNING = re.compile(r"\bprun|wanda|N:M|\bdense\b", re.IGNORECASE)
 PRUNING_LIVES_IN = ("task/prune/", "sparsity/")
 PRUNING_MAY_BE_NAMED = {
+    "timm_models/timm_model.py": "timm's names of a method and of its arguments",
     "ops/nm.py": "its masks have no other name in the field",
     "ops/assignment.py": "the title of the paper that it follows",
 }

@@ -115,6 +115,14 @@ def compose_config(name: str, words: Sequence[str]) -> tuple[dict[str, Any], lis
     return {str(key): value for key, value in composed.items()}, problems
 
 
+def preset(group: str, choice: str) -> dict[str, Any]:
+    """Values of one choice of a group, joined with those it is based on, its name and its component among them."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        values = OmegaConf.to_container(compose(overrides=[f"+{group}={choice}"])[group], resolve=True)
+    assert isinstance(values, dict)
+    return {"name": choice, "component": choice} | {str(key): value for key, value in values.items()}
+
+
 def _compose(name: str, overrides: list[str]) -> tuple[Any, dict[str, Any]]:
     """What Hydra composes, and the choice made in every group."""
     with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -117,6 +117,12 @@ class DataModule(L.LightningDataModule):
         with data_errors():
             return [dataset.__getitems__(index[i : i + size].tolist()) for i in range(0, len(index), size)]
 
+    def normalisation(self) -> dict[str, list[float]] | None:
+        """Mean and deviation, `mean` and `std`, by channel that images are normalised with; None where by none."""
+        dataset: Any = self._dataset("test")
+        mean, sd = (getattr(dataset, name, None) for name in ("mean", "sd"))
+        return None if mean is None or sd is None else {"mean": list(mean), "std": list(sd)}
+
     def mean_image(self, limit: int = 256) -> np.ndarray | None:
         """Mean over up to `limit` training images and their channels, `[height, width]`; None where there are none.
 

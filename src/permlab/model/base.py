@@ -1,9 +1,13 @@
 """What every backbone has in common: embed into items, read items in a given order."""
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from permlab.data.spec import DataSpec
 
@@ -18,7 +22,11 @@ class Backbone(nn.Module):
 
     Parameters that weight decay would only pull towards an arbitrary zero are marked by `free_of_decay`.
 
+    What other libraries ask of a backbone it may tell: the features of every token (`tokens`, of which
+    `encode` is the `pool`), the modules that each give tokens (`stages`), where its position table is.
+
     Attributes:
+        stem: name of the module that reads the pixels; a literal.
         reads: kinds of data it reads, such as `image` and `text`; a literal tuple.
         num_items: number of items per sample.
         num_features: length of an item's feature vector.
@@ -26,6 +34,7 @@ class Backbone(nn.Module):
     """
 
     reads: ClassVar[tuple[str, ...]] = ("image",)
+    stem: ClassVar[str] = ""
     head: nn.Module
     num_items: int
     num_features: int
@@ -67,6 +76,50 @@ class Backbone(nn.Module):
     def read(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b *slots k"]:
         return self.head(self.encode(items))
 
+    def tokens(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b *tokens f"]:
+        """Features of the items in their slots and of what a model adds to them, before they are pooled.
+
+        Those that `encode` gives where a model pools as it reads.
+        """
+        return self.encode(items)
+
+    def pool(self, tokens: Float[Tensor, "b *tokens f"]) -> Float[Tensor, "b *slots f"]:
+        """What `encode` makes of tokens."""
+        return tokens
+
+    def items_of(self, tokens: Float[Tensor, "b *tokens f"]) -> Float[Tensor, "b *slots f"]:
+        """Tokens without those that a model adds to the items, such as a class token."""
+        return tokens
+
+    @property
+    def stages(self) -> Sequence[nn.Module]:
+        """Modules one after the other, each of which gives tokens."""
+        return ()
+
+    @property
+    def item_positions(self) -> tuple[str, int, int] | None:
+        """Name of the learned position table, and how many rows in front and behind are not an item's."""
+        return None
+
+    def adapt(self, state: Mapping[str, Tensor], grid: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        """A state dict of this model for another grid as this one has it: the position table interpolated.
+
+        Args:
+            state: tensors by name.
+            grid: rows and columns that it was made for; None where they are as many as here, or form a square.
+        Raises:
+            ValueError: if the rows of the table are not as many as the grid has places.
+        """
+        adapted = dict(state)
+        if self.item_positions is not None and self.item_positions[0] in state:
+            name, front, behind = self.item_positions
+            table = state[name]
+            end = table.shape[-2] - behind
+            rows = [table[..., :front, :], table[..., front:end, :], table[..., end:, :]]
+            rows[1] = resample(rows[1], grid, (self.height, self.width))
+            adapted[name] = torch.cat(rows, dim=-2)
+        return adapted
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits with the items in their own (raster) order."""
         return self.read(self.embed(inputs))
@@ -76,6 +129,35 @@ def free_of_decay(parameter: nn.Parameter) -> nn.Parameter:
     """The same parameter, marked for the optimiser to leave out of weight decay whatever its shape."""
     parameter._no_weight_decay = True  # type: ignore[attr-defined]
     return parameter
+
+
+def resample(
+    table: Float[Tensor, "*b n d"], source: tuple[int, int] | None, target: tuple[int, int]
+) -> Float[Tensor, "*b m d"]:
+    """Interpolate a position table to another grid, bicubically and without aliasing.
+
+    Shapes:
+        n, m: places of the two grids, in raster order.
+    Args:
+        source: rows and columns of the table's grid; None: of the target's, if they are as many, or of a square.
+        target: rows and columns wanted.
+    Raises:
+        ValueError: if the source grid has not n places, or is not given and n is no square.
+    Example:
+        >>> resample(torch.ones(1, 4, 3), None, (3, 5)).shape
+        torch.Size([1, 15, 3])
+    """
+    count = table.shape[-2]
+    if source is None:
+        side = math.isqrt(count)
+        source = target if count == target[0] * target[1] else (side, side)
+    if source[0] * source[1] != count:
+        raise ValueError(f"a position table of {count} rows has no {source[0]}x{source[1]} grid to be fitted from")
+    if source == target:
+        return table
+    images = table.mT.reshape(-1, table.shape[-1], *source).float()
+    resized = functional.interpolate(images, size=target, mode="bicubic", antialias=True)
+    return resized.flatten(2).mT.reshape(*table.shape[:-2], -1, table.shape[-1]).to(table.dtype)
 
 
 def patchify(images: Float[Tensor, "b c h w"], patch_size: int) -> Float[Tensor, "b n d"]:

@@ -1,6 +1,6 @@
 """LLaMA, from transformers: a causal transformer over patches or tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -67,6 +67,7 @@ class Llama(Backbone):
     """
 
     reads = ("image", "text")
+    stem = "embedding"
 
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "rope_theta": ("position", ["item", "none"]),
@@ -169,10 +170,23 @@ class Llama(Backbone):
         return items if self.position_table is None else items + self.position_table[: items.shape[1]]
 
     def encode(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b *slots d"]:
-        features = self.network(inputs_embeds=items).last_hidden_state
+        return self.pool(self.tokens(items))
+
+    def tokens(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        return self.network(inputs_embeds=items).last_hidden_state
+
+    def pool(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b *slots d"]:
         if self.kind == "text":
-            return features
-        return features[:, -1] if self.readout == "last" else features.mean(1)
+            return tokens
+        return tokens[:, -1] if self.readout == "last" else tokens.mean(1)
+
+    @property
+    def stages(self) -> Sequence[nn.Module]:
+        return tuple(self.network.layers)
+
+    @property
+    def item_positions(self) -> tuple[str, int, int] | None:
+        return None if self.position_table is None else ("position_table", 0, 0)
 
 
 class _Rotation(LlamaRotaryEmbedding):

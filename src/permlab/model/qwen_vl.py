@@ -1,6 +1,6 @@
 """Qwen2.5-VL, from transformers: a vision tower and a causal language model, cut between the two."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -84,6 +84,7 @@ class QwenVl(Backbone):
     """
 
     reads = ("image", "text")
+    stem = "visual.patch_embed.proj"
 
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "merge_size": ("kind", ["text"]),
@@ -251,10 +252,20 @@ class QwenVl(Backbone):
         return {name: value.to(device) for name, value in layout.items()}
 
     def encode(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b *slots d"]:
+        return self.pool(self.tokens(items))
+
+    def tokens(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         if self.kind == "text":
             return self.language_model(inputs_embeds=items).last_hidden_state
         places = self._places(items.device).unsqueeze(1).expand(-1, len(items), -1)
-        return self.language_model(inputs_embeds=items, position_ids=places).last_hidden_state[:, -1]
+        return self.language_model(inputs_embeds=items, position_ids=places).last_hidden_state
+
+    def pool(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b *slots d"]:
+        return tokens if self.kind == "text" else tokens[:, -1]
+
+    @property
+    def stages(self) -> Sequence[nn.Module]:
+        return tuple(self.language_model.layers)
 
     def _places(self, device: torch.device) -> Int64[Tensor, "3 n"]:
         """Time, row and column of the slots, as transformers counts them in a sequence that is one image."""

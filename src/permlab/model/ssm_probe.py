@@ -115,6 +115,10 @@ class SsmProbe(Backbone):
         weights = self.slot_weights(items.shape[1]).unsqueeze(-1) * self.weight.unsqueeze(-2)
         return self.norm(items.flatten(1) @ weights.to(items.dtype).flatten(2).flatten(0, 1).T)
 
+    @property
+    def item_positions(self) -> tuple[str, int, int] | None:
+        return None if self.position_table is None else ("position_table", 0, 0)
+
     def _add_positions(self, items: Tensor) -> Tensor:
         assert self.position_table is not None
         return items + self.position_table

@@ -1,7 +1,8 @@
 """Vision Mamba: a bidirectional state-space model over patches."""
 
 import math
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +11,29 @@ from torch import Tensor, nn
 
 from permlab.data.spec import DataSpec
 from permlab.model.base import Backbone, free_of_decay
+from permlab.model.vim_checkpoint import from_published, is_published, load_fitting
 from permlab.ops.selective_scan import selective_scan
-from permlab.option import Dropout, PositiveInt, Side
+from permlab.option import AddedLater, Dropout, PositiveInt, Side, Verbatim
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+
+
+class Memory(NamedTuple):
+    """What a mixer knows of the tokens it has read.
+
+    Shapes:
+        window: `[b, e, conv_kernel - 1]`, the last inputs of the convolution.  state: `[b, e, s]`, of the scan.
+    """
+
+    window: Tensor
+    state: Tensor
+
+
+class Progress(NamedTuple):
+    """How far a sequence has been read: the number of slots, and the memory of each block."""
+
+    num_slots: int
+    memories: tuple[Memory, ...]
 
 
 class Vim(Backbone):
@@ -37,10 +57,14 @@ class Vim(Backbone):
         readout: features of the class token in the middle, mean over the slots, or of the last slot.
         direction: `bidirectional`, or `forward`, in which a slot hears only of those before it: the
             class token then hears of the first half of the items alone, so read the last slot.
+        pretrained: start from weights under the names of hustvl/Vim, or ours: a `.safetensors` file, one of
+            `torch.save`, or a folder with one. They are interpolated to the patch size, the grid and the
+            channels of the data; the head is kept only if the number of classes is the same. The published ones
+            read images normalised by ImageNet's mean and deviation. None: random weights.
     Raises:
-        ValueError: if the patch size does not divide the image.
+        ValueError: if the patch size does not divide the image, or pretrained weights cannot be read or do not fit.
     Source: Zhu et al. 2024, arXiv:2401.09417 (bidirectional block, class token, halved sum of the
-        directions); Gu and Dao 2023, arXiv:2312.00752 (block and initialisation).
+        directions, initialisation of the patches); Gu and Dao 2023, arXiv:2312.00752 (block and its initialisation).
     Differs from source: the position table may be added by slot, or left out, and there is a class
         token only where it is read. Parameter names are those of `mamba_ssm.Mamba` and of Vim.
     Cost: O(b depth n d (d + num_states)) time.
@@ -51,6 +75,8 @@ class Vim(Backbone):
         >>> vim(torch.rand(3, 1, 8, 8)).shape
         torch.Size([3, 10])
     """
+
+    stem = "patch_embed"
 
     def __init__(
         self,
@@ -66,12 +92,13 @@ class Vim(Backbone):
         position: Literal["item", "slot", "none"],
         readout: Literal["cls", "mean", "last"],
         direction: Literal["bidirectional", "forward"],
+        pretrained: Annotated[Verbatim | None, AddedLater(None)] = None,
     ) -> None:
         super().__init__()
         self.set_grid(spec, patch_size)
         self.num_features = width
         self.position, self.readout, self.direction = position, readout, direction
-        self.patch_embed = nn.Conv2d(spec.channels, width, patch_size, stride=patch_size)
+        self.patch_embed = _patch_embedding(spec.channels, width, patch_size)
         rates = [drop_path * index / max(1, depth - 1) for index in range(depth)]
         self.blocks = nn.ModuleList(
             Block(Mixer(width, num_states, expand, conv_kernel, direction, depth=depth), width, rate) for rate in rates
@@ -83,6 +110,8 @@ class Vim(Backbone):
         self.cls_token = _table(1, width) if readout == "cls" else None
         num_positions = self.num_items + (readout == "cls")
         self.pos_embed = _table(num_positions, width) if position != "none" else None
+        if pretrained is not None:
+            load_fitting(pretrained, self)
 
     @property
     def idle_parameters(self) -> tuple[str, ...]:
@@ -96,6 +125,9 @@ class Vim(Backbone):
         return self._add_positions(items) if self.position == "item" else items
 
     def encode(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
+        return self.pool(self.tokens(items))
+
+    def tokens(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b t d"]:
         tokens = self._add_positions(items) if self.position == "slot" else items
         middle = self.num_items // 2
         if self.cls_token is not None:
@@ -104,10 +136,67 @@ class Vim(Backbone):
             tokens = torch.cat([tokens[:, :middle], token.expand(len(tokens), -1, -1), tokens[:, middle:]], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
-        features = self.norm(tokens)
+        return self.norm(tokens)
+
+    def step(
+        self, items: Float[Tensor, "b l d"], progress: Progress | None = None
+    ) -> tuple[Float[Tensor, "b l d"], Progress]:
+        """Read the next slots of a sequence, one or more, at a cost that does not grow with those before.
+
+        Args:
+            items: for the next slots, from `embed`, in the order in which they are read.
+            progress: what the step before returned; None at the beginning.
+        Returns:
+            Features of these slots, as `tokens` gives them for the whole sequence; and what the next step takes.
+        Raises:
+            ValueError: if slots hear of later ones (`direction=bidirectional`), or there is a class token.
+        Example:
+            >>> spec = DataSpec(kind="image", num_classes=10, channels=1, height=8, width=8)
+            >>> vim = Vim(spec, patch_size=4, width=8, depth=1, num_states=4, expand=2, conv_kernel=4, drop_path=0.0,
+            ...           position="item", readout="last", direction="forward")
+            >>> items = vim.embed(torch.rand(3, 1, 8, 8))
+            >>> first, progress = vim.step(items[:, :3])
+            >>> second, _ = vim.step(items[:, 3:], progress)
+            >>> torch.allclose(torch.cat([first, second], 1), vim.tokens(items), atol=1e-5)
+            True
+        """
+        if self.direction != "forward" or self.cls_token is not None:
+            raise ValueError(
+                f"direction={self.direction}, readout={self.readout}: slots can be read one after the other with "
+                "direction=forward and readout=last or mean alone"
+            )
+        start, memories = progress or (0, (None,) * len(self.blocks))
+        tokens, after = items, []
+        if self.position == "slot":
+            assert self.pos_embed is not None
+            tokens = tokens + self.pos_embed[:, start : start + tokens.shape[1]]
+        for block, memory in zip(self.blocks, memories, strict=True):
+            tokens, memory = block.step(tokens, memory)  # type: ignore[operator]
+            after.append(memory)
+        return self.norm(tokens), Progress(start + items.shape[1], tuple(after))
+
+    def pool(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b d"]:
         if self.readout == "mean":
-            return features.mean(1)
-        return features[:, middle if self.readout == "cls" else -1]
+            return tokens.mean(1)
+        return tokens[:, self.num_items // 2 if self.readout == "cls" else -1]
+
+    def items_of(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b n d"]:
+        if self.cls_token is None:
+            return tokens
+        middle = self.num_items // 2
+        return torch.cat([tokens[:, :middle], tokens[:, middle + 1 :]], dim=1)
+
+    @property
+    def stages(self) -> Sequence[nn.Module]:
+        return tuple(self.blocks)
+
+    @property
+    def item_positions(self) -> tuple[str, int, int] | None:
+        return None if self.pos_embed is None else ("pos_embed", 0, int(self.cls_token is not None))
+
+    def adapt(self, state: Mapping[str, Tensor], grid: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        """As of every backbone; tensors under their published names get ours."""
+        return super().adapt(from_published(state) if is_published(state) else state, grid)
 
     def _add_positions(self, items: Tensor) -> Tensor:
         assert self.pos_embed is not None
@@ -128,6 +217,10 @@ class Block(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
         return tokens + self.drop_path(self.mixer(self.norm(tokens)))
+
+    def step(self, tokens: Float[Tensor, "b l d"], memory: Memory | None) -> tuple[Float[Tensor, "b l d"], Memory]:
+        mixed, memory = self.mixer.step(self.norm(tokens), memory)
+        return tokens + self.drop_path(mixed), memory
 
 
 class Mixer(nn.Module):
@@ -168,22 +261,49 @@ class Mixer(nn.Module):
             y = (y + self._scan(x.flip(-1), z.flip(-1), "_b").flip(-1)) / 2
         return self.out_proj(y.mT)
 
-    def _scan(self, x: Float[Tensor, "b e l"], z: Float[Tensor, "b e l"], suffix: str) -> Float[Tensor, "b e l"]:
-        conv, x_proj, dt_proj = (getattr(self, f"{name}{suffix}") for name in ("conv1d", "x_proj", "dt_proj"))
-        rates = self.A_log if not suffix else self.A_b_log
-        u = F.silu(conv(x)[..., : x.shape[-1]])
-        step, B, C = x_proj(u.mT).mT.split([self.dt_rank, self.num_states, self.num_states], dim=1)
-        return selective_scan(
-            u,
-            dt_proj(step.mT).mT,
-            -rates.float().exp() if rates.dtype != torch.float64 else -rates.exp(),
-            B,
-            C,
-            getattr(self, f"D{suffix}"),
+    def step(self, tokens: Float[Tensor, "b l d"], memory: Memory | None) -> tuple[Float[Tensor, "b l d"], Memory]:
+        """Mix the next tokens of a sequence with what is remembered of those before; forward only."""
+        x, z = self.in_proj(tokens).mT.chunk(2, dim=1)
+        conv, bias = getattr(self, "conv1d"), getattr(self, "dt_proj").bias  # noqa: B009 (their names are made up above)
+        length = conv.kernel_size[0] - 1
+        window = x.new_zeros(*x.shape[:2], length) if memory is None else memory.window
+        x = torch.cat([window, x], dim=-1)
+        u = F.silu(F.conv1d(x, conv.weight, conv.bias, groups=conv.groups))
+        y, state = selective_scan(
+            *self._coefficients(u, ""),
             z=z,
-            delta_bias=dt_proj.bias,
+            delta_bias=bias,
             delta_softplus=True,
+            initial_state=None if memory is None else memory.state,
+            return_last_state=True,
         )
+        return self.out_proj(y.mT), Memory(x[..., x.shape[-1] - length :], state)
+
+    def _scan(self, x: Float[Tensor, "b e l"], z: Float[Tensor, "b e l"], suffix: str) -> Float[Tensor, "b e l"]:
+        u = F.silu(getattr(self, f"conv1d{suffix}")(x)[..., : x.shape[-1]])
+        bias = getattr(self, f"dt_proj{suffix}").bias
+        return selective_scan(*self._coefficients(u, suffix), z=z, delta_bias=bias, delta_softplus=True)
+
+    def _coefficients(
+        self, u: Float[Tensor, "b e l"], suffix: str
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The scan's u, delta, A, B, C and D."""
+        x_proj, dt_proj = getattr(self, f"x_proj{suffix}"), getattr(self, f"dt_proj{suffix}")
+        rates = self.A_log if not suffix else self.A_b_log
+        step, B, C = x_proj(u.mT).mT.split([self.dt_rank, self.num_states, self.num_states], dim=1)
+        A = -rates.float().exp() if rates.dtype != torch.float64 else -rates.exp()
+        return u, dt_proj(step.mT).mT, A, B, C, getattr(self, f"D{suffix}")
+
+
+def _patch_embedding(channels: int, width: int, patch_size: int) -> nn.Conv2d:
+    """LeCun's normal law, cut off at two deviations and of variance one over the number of inputs; no bias at first."""
+    embedding = nn.Conv2d(channels, width, patch_size, stride=patch_size)
+    # The law that is left between -2 and 2 has this deviation.
+    std = (channels * patch_size**2) ** -0.5 / 0.87962566103423978
+    nn.init.trunc_normal_(embedding.weight, std=std, a=-2 * std, b=2 * std)
+    assert embedding.bias is not None
+    nn.init.zeros_(embedding.bias)
+    return embedding
 
 
 def _table(length: int, width: int) -> nn.Parameter:

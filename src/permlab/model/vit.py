@@ -1,5 +1,6 @@
 """Vision Transformer, from timm."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import timm
@@ -58,6 +59,8 @@ class Vit(Backbone):
         torch.Size([3, 10])
     """
 
+    stem = "patch_embed.proj"
+
     def __init__(
         self,
         spec: DataSpec,
@@ -114,13 +117,29 @@ class Vit(Backbone):
         return self._add_positions(items) if self.position == "item" else items
 
     def encode(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
+        return self.pool(self.tokens(items))
+
+    def tokens(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b t d"]:
         tokens = self._add_positions(items) if self.position == "slot" else items
         if self.cls_token is not None:
             tokens = torch.cat([self._class_token().expand(len(tokens), -1, -1), tokens], dim=1)
-        features = self.norm(self.blocks(tokens))
+        return self.norm(self.blocks(tokens))
+
+    def pool(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b d"]:
         if self.readout == "mean":
-            return features.mean(1)
-        return features[:, 0 if self.readout == "cls" else -1]
+            return tokens.mean(1)
+        return tokens[:, 0 if self.readout == "cls" else -1]
+
+    def items_of(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b n d"]:
+        return tokens if self.cls_token is None else tokens[:, 1:]
+
+    @property
+    def stages(self) -> Sequence[nn.Module]:
+        return tuple(self.blocks)
+
+    @property
+    def item_positions(self) -> tuple[str, int, int] | None:
+        return None if self.pos_embed is None else ("pos_embed", int(self.cls_token is not None), 0)
 
     def _add_positions(self, items: Tensor) -> Tensor:
         assert self.pos_embed is not None

@@ -46,6 +46,7 @@ def export(
     inputs: Any,
     config: Mapping[str, Any],
     tokenizer: Any = None,
+    normalisation: Mapping[str, Any] | None = None,
     results: Mapping[str, Any] | None = None,
     tolerance: float = 1e-4,
 ) -> dict[str, Any]:
@@ -66,6 +67,7 @@ def export(
         inputs: what the models are compared on: a tensor, a tuple of arguments or a dict of keywords.
         config: of the model or the run, plain containers only; becomes `permlab.json`.
         tokenizer: of the text that the model reads, as `transformers.AutoTokenizer` gives it; saved beside.
+        normalisation: `mean` and `std` by channel of the images that the model reads, on the scale 0..1.
         results: further numbers for `report.json`.
         tolerance: largest difference allowed, relative to the largest output.
     Returns:
@@ -84,7 +86,7 @@ def export(
     for name, difference in (("dense", dense_difference), ("pruned", pruned_difference)):
         if not difference <= tolerance:  # NaN is refused too
             raise ValueError(f"folding changes the {name} model by {difference:.3g} of its output, over {tolerance:g}")
-    layout = find_layout(folded, tokenizer)
+    layout = find_layout(folded, tokenizer, normalisation)
     patterns = _renamed(read_patterns(sites, n=n, m=m), layout)
     state, tied = _unique_state(folded, pruned)
     state = {layout.rename(name): value for name, value in state.items()}

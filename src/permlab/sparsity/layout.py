@@ -3,7 +3,7 @@
 import importlib
 import json
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Layout:
     rename: Callable[[str], str] = str
 
 
-def find_layout(model: nn.Module, tokenizer: Any = None) -> Layout:
+def find_layout(model: nn.Module, tokenizer: Any = None, normalisation: Mapping[str, Any] | None = None) -> Layout:
     """The layout of the first file of `permlab.sparsity.library` that has one, in the order of their names.
 
     Where none has, the folder is ours alone, and its `config.json` tells others so.
@@ -43,9 +43,10 @@ def find_layout(model: nn.Module, tokenizer: Any = None) -> Layout:
     Args:
         model: folded, its gathers in it.
         tokenizer: of the text that it reads, as `transformers.AutoTokenizer` gives it; None for none.
+        normalisation: `mean` and `std` by channel of the images that it reads, on the scale 0..1.
     """
     for name in sorted(module.name for module in pkgutil.iter_modules(folder.__path__)):
-        layout = importlib.import_module(f"{folder.__name__}.{name}").layout(model, tokenizer)
+        layout = importlib.import_module(f"{folder.__name__}.{name}").layout(model, tokenizer, normalisation)
         if layout is not None:
             return layout
     return closed(f"{type(model).__name__}, which {READER} reads", weights=WEIGHTS)

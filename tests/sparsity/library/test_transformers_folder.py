@@ -18,8 +18,8 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from permlab.data.spec import DataSpec
 from permlab.data.fast_tokenizer import as_pretrained, byte_tokenizer
+from permlab.data.spec import DataSpec
 from permlab.model.qwen_vl import QwenVl
 from permlab.sparsity.export import as_causal_lm, export, load_export
 from permlab.sparsity.fold import fold

@@ -19,7 +19,7 @@ CONVERTER = "permlab.sparsity.export.as_causal_lm"
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def layout(model: nn.Module, tokenizer: Any) -> Layout | None:
+def layout(model: nn.Module, tokenizer: Any, normalisation: object = None) -> Layout | None:
     """Layout of a language model of ours, or of any model that is transformers' own."""
     described: Any = getattr(model, "causal_lm", None)
     config: Any

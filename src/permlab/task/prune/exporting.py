@@ -59,7 +59,8 @@ def export_run(
     try:
         report = export(
             folder, dense=dense, pruned=pruned, sites=sites, orders=orders, n=n, m=m, inputs=inputs,
-            config=about, tokenizer=data.load_tokenizer(), results=results,
+            config=about, tokenizer=data.load_tokenizer(),
+            normalisation=data.normalisation(), results=results,
         )  # fmt: skip
         _print(report, n, m)
         if sparse:
