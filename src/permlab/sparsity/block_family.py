@@ -38,8 +38,8 @@ class Line:
 class Family:
     """A kind of block, recognised by its linear layers, and the models that are built of it.
 
-    Names are as in `Line`, those of `ends` and `head` relative to the model. A block may have no
-    parameters but those that its family names, since folding would leave them behind.
+    Names are as in `Line`, those of `ends` and `head` relative to the model, or to the `model` in it. A block
+    may have no parameters but those that its family names, since folding would leave them behind.
 
     Args:
         models: that have such blocks, for messages.
@@ -50,7 +50,8 @@ class Family:
         others: modules of the block that no site touches.
         ends: parameters outside of the blocks, or modules with such, by the axis along which the residual
             stream lies in them. In the weight of an `nn.Embedding` it lies along axis 1 in any case.
-        head: linear layers outside of the blocks that read the stream, and are not pruned.
+        head: linear layers outside of the blocks that read the stream, and are not pruned; `x[*]` reads several
+            tokens of it, one after the other.
     """
 
     models: tuple[str, ...]
