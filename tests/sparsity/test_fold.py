@@ -4,12 +4,14 @@ import itertools
 
 import pytest
 import torch
-from pruned_models import prune
+from pruned_models import case, prune
 from tiny_models import BUILDERS, inputs_of, outputs, random_order, tiny
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from permlab.sparsity.block import block_names
 from permlab.sparsity.fold import GatheredLinear, find_gathers, fold, install_gather
+from permlab.sparsity.interop import as_causal_lm
 from permlab.sparsity.pattern import read_patterns, verify_pattern
 from permlab.sparsity.site import Move, Reader, WeightSite, read_sites
 
@@ -68,6 +70,19 @@ def test_every_projection_folds_and_nothing_is_gathered(name):
     assert {reader.module for site in sites for reader in site.readers} == {
         path for path in linear if path.startswith(inside)
     }
+
+
+def test_a_text_model_with_every_projection_pruned_opens_in_transformers(tmp_path):
+    setting = case("llama_tied", select="foldable")
+    model, inputs = setting["pruned"], setting["inputs"]
+    expected = outputs(model, inputs)
+    fold(model, setting["sites"], setting["orders"])
+    as_causal_lm(model).save_pretrained(tmp_path)
+    restored = LlamaForCausalLM.from_pretrained(tmp_path, local_files_only=True)
+    torch.testing.assert_close(outputs(restored, inputs), expected, rtol=1e-4, atol=1e-5)
+    projections = [name for name in restored.state_dict() if name.endswith("_proj.weight")]
+    assert len(projections) == 14
+    verify_pattern(restored.state_dict(), {name: {"n": 2, "m": 4} for name in projections})
 
 
 @pytest.mark.parametrize(
