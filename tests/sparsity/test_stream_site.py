@@ -1,8 +1,12 @@
 import pytest
-from tiny_models import tiny, vim, vit
+import torch
+from tiny_models import IMAGES, inputs_of, outputs, random_order, scatter, tiny, vim, vit
 from torch import nn
 from transformers import LlamaModel
 
+from permlab.model.qwen_vl import QwenVl
+from permlab.sparsity.fold import fold
+from permlab.sparsity.read_sites import read_sites
 from permlab.sparsity.stream_site import stream_sites
 
 
@@ -63,3 +67,15 @@ def test_an_embedding_is_a_projection_or_has_a_row_for_every_token(name, axis):
     assert moves[head] == 1
     assert ("embedding.bias" in moves) == (name == "llama_image")
     assert "head.bias" not in moves
+
+
+def test_our_tower_and_language_model_fold_as_transformers_do():
+    options = {"patch_size": 1, "merge_size": 2, "width": 16, "depth": 1, "num_heads": 2, "num_kv_heads": 1}
+    options |= {"vision_width": 8, "vision_depth": 1, "vision_heads": 2, "vision_mlp_width": 12, "mlp_width": 24}
+    model = scatter(QwenVl(IMAGES, norm_eps=1e-6, rope_theta=100.0, tie_embeddings=True, **options))
+    inputs = inputs_of(model)
+    expected = outputs(model, inputs)
+    sites = read_sites(model, select="foldable")
+    assert [site.name for site in sites[:2]] == ["visual.stream", "language_model.stream"]
+    assert set(fold(model, sites, {site.name: random_order(site) for site in sites}).values()) == {"folded"}
+    torch.testing.assert_close(outputs(model, inputs), expected, rtol=0, atol=1e-10)

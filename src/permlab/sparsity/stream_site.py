@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from permlab.sparsity.block import Block, check_stretch, find, find_blocks
-from permlab.sparsity.block_family import Family, split_name
+from permlab.sparsity.block_family import Family
 from permlab.sparsity.weight_site import Move, Reader, WeightSite
 
 # What names a family, and with it the blocks along one stream.
@@ -44,7 +44,7 @@ def stream_sites(model: nn.Module) -> list[WeightSite]:
 
 def _stream_site(model: nn.Module, blocks: Sequence[Block], ends: Sequence[str], *, alone: bool) -> WeightSite:
     family = blocks[0].family
-    if not any(_entry(family, name) in family.head.split() for name in ends):
+    if not any(family.end(name) in family.head.split() for name in ends):
         raise ValueError(f"{type(model).__name__} has no head, so its output would be permuted with the stream")
     behind = [line for line in family.lines if line.behind_norm and line.coupling != "independent"]
     readers = [Reader(block.name(part), None) for block in blocks for line in behind for part in line.reads.split()]
@@ -64,7 +64,7 @@ def _name(block: Block, alone: bool) -> str:
 
 def _owner(model: nn.Module, parameter: str, towers: Mapping[_Key, Sequence[Block]]) -> _Key:
     """The family along whose stream a parameter lies."""
-    known = [key for key, (block, *_) in towers.items() if _entry(block.family, parameter)]
+    known = [key for key, (block, *_) in towers.items() if block.family.end(parameter)]
     if len(known) > 1:
         raise ValueError(f"{type(model).__name__} has more than one residual stream, and {parameter} is of any of them")
     if not known:
@@ -72,16 +72,9 @@ def _owner(model: nn.Module, parameter: str, towers: Mapping[_Key, Sequence[Bloc
     return known[0]
 
 
-def _entry(family: Family, parameter: str) -> str | None:
-    """What names a parameter or its module among the ends and heads of a family."""
-    plain = parameter.removeprefix("model.")  # transformers' models with a head have the bare one in `model`
-    entries = " ".join([family.head, *family.ends.values()]).split()
-    return next((entry for entry in entries if split_name(entry)[0] in (plain, plain.rpartition(".")[0])), None)
-
-
 def _end_moves(model: nn.Module, family: Family, parameter: str, width: int) -> list[Move]:
     owner, _, leaf = parameter.rpartition(".")
-    entry = _entry(family, parameter)
+    entry = family.end(parameter)
     assert entry is not None
     if entry in family.head.split():
         if leaf != "weight":  # a bias is off the stream
