@@ -33,6 +33,8 @@ CASES = [
     (["task=prune", "task.num_groups=2", "task.block_size=8"], "task.block_size=8 has no effect with task.num_groups="),
     (["task=prune", "task.distill_weight=0", "task.distill_kind=mse"], "task.distill_kind=mse has no effect"),
     (["task=prune", "method=fixed", "task.kl_weight=1"], "task.kl_weight=1 has no effect with method=fixed"),
+    (["task=prune", "task.sites=foldable", "task.coupling=independent"], "no effect with task.sites=foldable"),
+    (["task=prune", "task.sites=stream", "task.within_heads=true"], "no effect with task.sites=stream"),
     (["task=prune", "optim.lr=0.1"], "optim.lr=0.1 has no effect with task=prune"),
     (["task=prune", "method=hybrid", "method.search=none", "method.num_search_swaps=9"], "num_search_swaps=9 has no"),
     (["task=lm", "data.vocab_size=300"], "data.vocab_size=300 has no effect with data.tokenizer=byte"),

@@ -10,10 +10,10 @@ from permlab.sparsity import family
 from permlab.sparsity.block import block_names, families, find_blocks
 from permlab.sparsity.fold import fold
 from permlab.sparsity.read_sites import read_sites
-from permlab.sparsity.stream_site import stream_site
+from permlab.sparsity.stream_site import stream_sites
 
 
-@pytest.mark.parametrize("reader", [read_sites, block_names, stream_site])
+@pytest.mark.parametrize("reader", [read_sites, block_names, stream_sites])
 def test_a_model_without_blocks_is_refused(reader):
     with pytest.raises(ValueError, match="ResNet has no block of a known family"):
         reader(resnet18())

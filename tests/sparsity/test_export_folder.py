@@ -160,7 +160,7 @@ def test_a_wrong_export_is_refused(tmp_path):
     refused(
         tmp_path / "x", setting | {"orders": other}, r"blocks\.0\.\S+\.weight is not 2:4 in columns \d+ to \d+ of row"
     )
-    refused(tmp_path / "x", setting | {"pruned": setting["dense"]}, r"blocks\.0\.attn\.proj\.weight is not 2:4")
+    refused(tmp_path / "x", setting | {"pruned": setting["dense"]}, r"blocks\.0\.attn\.qkv\.weight is not 2:4")
     refused(tmp_path / "x", setting | {"pruned": vit(width=8)}, "in the dense model and")
     refused(tmp_path / "x", setting | {"config": {"model": object()}}, "the config cannot be written as JSON")
     broken = copy.deepcopy(setting["pruned"])

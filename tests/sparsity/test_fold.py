@@ -4,10 +4,15 @@ import itertools
 
 import pytest
 import torch
+from pruned_models import case, prune
 from tiny_models import BUILDERS, inputs_of, outputs, random_order, tiny
 from torch import nn
+from transformers import LlamaForCausalLM
 
-from permlab.sparsity.fold import GatheredLinear, fold, install_gather
+from permlab.sparsity.block import block_names
+from permlab.sparsity.fold import GatheredLinear, find_gathers, fold, install_gather
+from permlab.sparsity.interop import as_causal_lm
+from permlab.sparsity.pattern import read_patterns, verify_pattern
 from permlab.sparsity.site import Move, Reader, WeightSite, read_sites
 
 CHOICES = {
@@ -28,9 +33,7 @@ def snapshot(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize(
-    ("name", "choice"), [pair for pair in itertools.product(BUILDERS, CHOICES) if pair != ("qwen_vl", "stream")]
-)
+@pytest.mark.parametrize(("name", "choice"), list(itertools.product(BUILDERS, CHOICES)))
 def test_folding_changes_nothing_but_the_weights(name, choice):
     model = tiny(name)
     inputs, before = inputs_of(model), snapshot(model)
@@ -48,32 +51,49 @@ def test_folding_changes_nothing_but_the_weights(name, choice):
             assert not torch.equal(after[f"{reader.module}.weight"], before[f"{reader.module}.weight"])
 
 
-def test_stream_and_what_lies_inside_the_blocks_fold_together():
-    for name, kinds in (("vit", ["attn.proj", "mlp.fc2"]), ("llama_tied", ["self_attn.o_proj", "mlp.down_proj"])):
-        model = tiny(name)
-        inputs = inputs_of(model)
-        expected = outputs(model, inputs)
-        sites = read_sites(model, select=["stream", *kinds], within_heads=True)
-        _, modes = fold_at_random(model, sites)
-        assert set(modes.values()) == {"folded"}
-        torch.testing.assert_close(outputs(model, inputs), expected, rtol=0, atol=1e-9)
-        read = {reader.module for site in sites for reader in site.readers}
-        inside = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-        assert read == inside - {"head"}
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_projection_folds_and_nothing_is_gathered(name):
+    model = tiny(name)
+    inputs = inputs_of(model)
+    sites = read_sites(model, select="foldable")
+    orders = {site.name: random_order(site) for site in sites}
+    # Masks in the permuted order of the model as it was, and the same masks folded: one model.
+    pruned = prune(model, [site for site in sites if site.num_items % 4 == 0], orders, n=2, m=4)
+    expected = outputs(pruned, inputs)
+    assert not torch.allclose(expected, outputs(model, inputs))
+    assert set(fold(pruned, sites, orders).values()) == {"folded"}
+    assert find_gathers(pruned) == {}
+    torch.testing.assert_close(outputs(pruned, inputs), expected, rtol=0, atol=1e-10)
+    verify_pattern(pruned.state_dict(), read_patterns([s for s in sites if s.num_items % 4 == 0], n=2, m=4))
+    inside = tuple(f"{path}." for path in block_names(model))
+    linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert {reader.module for site in sites for reader in site.readers} == {
+        path for path in linear if path.startswith(inside)
+    }
+
+
+def test_a_text_model_with_every_projection_pruned_opens_in_transformers(tmp_path):
+    setting = case("llama_tied", select="foldable")
+    model, inputs = setting["pruned"], setting["inputs"]
+    expected = outputs(model, inputs)
+    fold(model, setting["sites"], setting["orders"])
+    as_causal_lm(model).save_pretrained(tmp_path)
+    restored = LlamaForCausalLM.from_pretrained(tmp_path, local_files_only=True)
+    torch.testing.assert_close(outputs(restored, inputs), expected, rtol=1e-4, atol=1e-5)
+    projections = [name for name in restored.state_dict() if name.endswith("_proj.weight")]
+    assert len(projections) == 14
+    verify_pattern(restored.state_dict(), {name: {"n": 2, "m": 4} for name in projections})
 
 
 @pytest.mark.parametrize(
     "name", ["vit", "vim", "llama_text", "llama_image", "timm_norms", "transformers_llama", "qwen_vl"]
 )
-@pytest.mark.parametrize("select", ["foldable", "stream"])
-def test_every_move_is_needed(name, select):
+def test_every_move_is_needed(name):
     """Leaving any one of them behind changes the output, so none is there for show and none is tested by accident."""
-    if (name, select) == ("qwen_vl", "stream"):
-        return
     original = tiny(name)
     inputs = inputs_of(original)
     expected = outputs(original, inputs)
-    for site in read_sites(original, select=select):
+    for site in read_sites(original, select="foldable"):
         width = site.num_items // site.num_heads
         order = torch.arange(site.num_items).view(-1, width).roll(1, dims=1).flatten()
         for left in site.moves:

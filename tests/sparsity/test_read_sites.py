@@ -112,11 +112,14 @@ def test_within_heads_the_values_alone_move():
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_foldable_are_those_with_moves_and_heads_kept(name):
+def test_foldable_are_the_streams_and_what_moves_within_heads(name):
     model = tiny(name)
     foldable = read_sites(model, select="foldable")
-    assert foldable == [site for site in read_sites(model, within_heads=True) if site.moves]
-    assert len(foldable) >= len(block_names(model))
+    streams = [site for site in foldable if site.kind == "stream"]
+    assert len(streams) == (2 if name == "qwen_vl" else 1)
+    assert foldable == streams + [site for site in read_sites(model, within_heads=True) if site.moves]
+    assert foldable == read_sites(model, select="foldable", coupling="independent")
+    assert all(site.moves for site in foldable)
 
 
 def test_selection_by_name_and_kind_keeps_the_models_order():
@@ -131,6 +134,8 @@ def test_selection_by_name_and_kind_keeps_the_models_order():
         ("folding", r"folding; nearest valid choice: foldable"),
         (["blocks.7.mlp.fc2"], r"nearest valid choice: blocks\.[01]\.mlp\.fc2"),
         (["attn.q"], r"attn\.q; nearest valid choice: attn\.qkv"),
+        (["streem"], r"streem; nearest valid choice: stream"),
+        (["visual.stream"], r"no site is called visual\.stream; nearest valid choice: stream"),
         ([], "no sites are selected"),
     ],
 )

@@ -64,7 +64,7 @@ def test_layers_that_are_no_plain_product_stay_dense(pretend):
         ("vit", {}, 8),
         ("vit", {"coupling": "independent"}, 12),
         ("vit", {"coupling": "independent", "select": ["attn.k", "attn.v"]}, 4),
-        ("llama_tied", {"select": "foldable"}, 4),
+        ("llama_tied", {"select": "foldable"}, 14),
         ("vim", {}, 8),
     ],
 )

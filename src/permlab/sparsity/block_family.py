@@ -38,8 +38,9 @@ class Line:
 class Family:
     """A kind of block, recognised by its linear layers, and the models that are built of it.
 
-    Names are as in `Line`, those of `ends` and `head` relative to the model. A block may have no
-    parameters but those that its family names, since folding would leave them behind.
+    Names are as in `Line`, those of `ends` and `head` relative to the model, or to the `model` in it,
+    where transformers has what a head is put on. A block may have no parameters but those that its family
+    names, since folding would leave them behind.
 
     Args:
         models: that have such blocks, for messages.
@@ -50,7 +51,8 @@ class Family:
         others: modules of the block that no site touches.
         ends: parameters outside of the blocks, or modules with such, by the axis along which the residual
             stream lies in them. In the weight of an `nn.Embedding` it lies along axis 1 in any case.
-        head: linear layers outside of the blocks that read the stream, and are not pruned.
+        head: linear layers outside of the blocks that read the stream, and are not pruned; `x[*]` reads several
+            tokens of it, one after the other.
     """
 
     models: tuple[str, ...]
@@ -67,6 +69,13 @@ class Family:
         parts = [self.needs, self.writes, self.norms, self.others]
         parts += [f"{line.reads} {line.moves}" for line in self.lines]
         return {split_name(name)[0] for name in " ".join(parts).split()}
+
+    def end(self, parameter: str) -> str | None:
+        """The name in `head` or `ends` that stands for a parameter of a model, or for its module; None if none does."""
+        plain = parameter.removeprefix("model.")
+        stands_for = (plain, plain.rpartition(".")[0])
+        names = " ".join([self.head, *self.ends.values()]).split()
+        return next((name for name in names if split_name(name)[0] in stands_for), None)
 
 
 def split_name(part: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from torch import nn
 from permlab.errors import nearest
 from permlab.sparsity.block import Block, check_stretch, find, find_blocks
 from permlab.sparsity.block_family import Line, split_name
-from permlab.sparsity.stream_site import stream_site
+from permlab.sparsity.stream_site import stream_sites
 from permlab.sparsity.weight_site import Move, Reader, WeightSite
 
 COUPLINGS = ("shared", "independent")
@@ -26,37 +26,37 @@ def read_sites(
     Args:
         model: any module that holds blocks of the families in `permlab.sparsity.family`, such as timm's
             `VisionTransformer` or transformers' LLaMA.
-        select: `all`; `foldable`, the sites whose order costs nothing at run time, which implies
-            `within_heads`; `stream`, the one of `stream_site`; or names and kinds of sites.
+        select: `all`; `foldable`, every layer at sites whose order costs nothing at run time: one order for all
+            that read a residual stream, and those inside the blocks, whatever `coupling` and `within_heads` are;
+            `stream`, the sites of `stream_sites` alone; or names and kinds of sites.
         coupling: `shared`, layers with the same input have one order; or `independent`, each its own.
         within_heads: keep the inputs of attention's output projection within their heads, so that they fold.
     Returns:
         Sites of distinct names. Those marked `optional` are for the caller to drop where they do not fit.
     Raises:
         ValueError: if the model has no block of a known family, a block has parameters that its family does
-            not name or of another shape, or a name is unknown; for `stream` as `stream_site`.
+            not name or of another shape, or a name is unknown; for `stream` and `foldable` as `stream_sites`.
     Cost: reads names and shapes only.
     Example:
         >>> from timm.models.vision_transformer import VisionTransformer
         >>> vit = VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=3)
         >>> [site.name for site in read_sites(vit, select="foldable")]
-        ['blocks.0.attn.proj', 'blocks.0.mlp.fc2']
+        ['stream', 'blocks.0.attn.proj', 'blocks.0.mlp.fc2']
     """
     if coupling not in COUPLINGS:
         raise ValueError(f"coupling={coupling}{nearest(coupling, list(COUPLINGS))}")
     if select == "stream":
-        return [stream_site(model)]
-    inside = within_heads or select == "foldable"
-    blocks = find_blocks(model)
-    sites = [site for block in blocks for site in _sites_of(block, coupling, inside)]
+        return stream_sites(model)
+    if select == "foldable":
+        return [*stream_sites(model), *(site for site in _block_sites(model, "shared", True) if site.moves)]
+    sites = _block_sites(model, coupling, within_heads)
     if select == "all":
         return sites
-    if select == "foldable":
-        return [site for site in sites if site.moves]
     names = [select] if isinstance(select, str) else list(select)
+    streams = stream_sites(model) if any(name.rpartition(".")[2] == "stream" for name in names) else []
+    sites = [*streams, *sites]
     _check_names(names, sites)
-    chosen = [stream_site(model)] if "stream" in names else []
-    return chosen + [site for site in sites if site.name in names or site.kind in names]
+    return [site for site in sites if site.name in names or site.kind in names]
 
 
 def _check_names(names: list[str], sites: list[WeightSite]) -> None:
@@ -65,10 +65,15 @@ def _check_names(names: list[str], sites: list[WeightSite]) -> None:
     kinds = list(dict.fromkeys(site.kind for site in sites))
     full = [site.name for site in sites]
     for name in names:
-        if name not in (*kinds, *full, "stream"):
+        if name not in (*kinds, *full):
             # A whole path is compared with whole paths; anything else with the few kinds.
-            alike = full if any(part.isdigit() for part in name.split(".")) else ["all", "foldable", "stream", *kinds]
+            words = dict.fromkeys(["all", "foldable", "stream", *kinds])
+            alike = full if any(part.isdigit() for part in name.split(".")) else list(words)
             raise ValueError(f"no site is called {name}{nearest(name, alike)}")
+
+
+def _block_sites(model: nn.Module, coupling: str, within_heads: bool) -> list[WeightSite]:
+    return [site for block in find_blocks(model) for site in _sites_of(block, coupling, within_heads)]
 
 
 def _sites_of(block: Block, coupling: str, within_heads: bool) -> list[WeightSite]:

@@ -24,6 +24,7 @@ from permlab.permutation import PermutationSample, invert, order_to_matrix
 from permlab.record.checkpoint import load_weights
 from permlab.sparsity.importance import sparsegpt
 from permlab.sparsity.quality import efficacy, reconstruction_error, retained
+from permlab.sparsity.search import deal_and_match
 from permlab.sparsity.site import read_sites
 from permlab.task.prune.learner import PruneLearner, distance, divergence
 from permlab.task.prune.sites import fitting_sites
@@ -338,13 +339,31 @@ def test_groups_of_the_sites() -> None:
     assert sites_of("task.num_groups=null", "task.block_size=32") == {kind: width // 32 for kind, width in vit.items()}
     assert sites_of("task.num_groups=null", "task.block_size=48") == dict.fromkeys(vit, 1), "narrower ones have one"
     assert sites_of("task.within_heads=true", *ONE) == dict.fromkeys(vit, 1) | {"attn.proj": 2}
-    assert sites_of("task.sites=foldable", *ONE) == {"attn.proj": 2, "mlp.fc2": 1}
+    assert sites_of("task.sites=foldable", *ONE) == {"stream": 1, "attn.proj": 2, "mlp.fc2": 1}
     assert sites_of("task.sites=[mlp.fc2,blocks.1.attn.qkv]") == {"mlp.fc2": 4, "attn.qkv": 4}
     assert sites_of("task.sites=stream", *ONE) == {"stream": 1}
     assert "attn.k" in sites_of("task.coupling=independent")
     # The step projections of 2 channels stay dense.
     assert set(sites_of("model=vim_nano")) == {"mixer.in_proj", "mixer.inner"}
     assert "mixer.dt_proj" in sites_of("model=vim_nano", "task.n=1", "task.m=2", *ONE)
+
+
+def test_the_score_of_a_stream_is_the_sum_over_all_layers_that_read_it() -> None:
+    learner = task_of("method=deal_and_match", "task.sites=foldable", *ONE)
+    (site,) = [site for site in learner.method.sites if site.kind == "stream"]
+    layers, order = learner.layers["stream"], learner.method.orders()["stream"]
+    inputs = layers.search_inputs(n=2, m=4, num_groups=1, seed=0)
+    weights = [learner.model.get_parameter(f"{reader.module}.weight") for reader in site.readers]
+    assert [reader.module.split(".", 2)[2] for reader in site.readers] == ["attn.qkv", "mlp.fc1"] * len(
+        learner.model.blocks
+    )
+    assert [tuple(weight.shape) for weight in inputs.weights] == [tuple(weight.shape) for weight in weights]
+    assert torch.equal(order, deal_and_match(torch.cat(inputs.scores), n=2, m=4))
+    each = [retained(scores, order, n=2, m=4) * float(scores.sum()) for scores in inputs.scores]
+    kept, default, _, total = layers.kept(order, n=2, m=4)
+    assert kept == pytest.approx(sum(each), rel=1e-5)
+    assert kept > default
+    assert total == pytest.approx(sum(float(scores.sum()) for scores in inputs.scores), rel=1e-5)
 
 
 def test_a_model_without_known_blocks_is_refused() -> None:

@@ -22,7 +22,12 @@ FAMILY = Family(
         Line("self_attn.o_proj", "self_attn.o_proj", "self_attn.v_proj", attention="self_attn"),
         *GATED_MLP,
     ),
-    # Our `embedding` is an `nn.Embedding` of tokens or a projection of patches.
-    ends={0: "embedding network.norm model.embed_tokens model.norm", 1: "position_table"},
+    # Our `embedding` is an `nn.Embedding` of tokens or a projection of patches. Behind a vision tower, what merges
+    # its patches writes to the stream of the language model.
+    ends={
+        0: "embedding network.norm embed_tokens norm language_model.embed_tokens language_model.norm "
+        "visual.merger.mlp.2",
+        1: "position_table",
+    },
     head="head lm_head",
 )

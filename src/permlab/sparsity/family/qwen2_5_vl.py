@@ -8,5 +8,6 @@ FAMILY = Family(
     writes="attn.proj mlp.down_proj",
     norms="norm1 norm2",
     lines=(*FUSED_ATTENTION, *GATED_MLP),
-    ends={0: "patch_embed.proj"},
+    ends={0: "visual.patch_embed.proj visual.merger.ln_q"},
+    head="visual.merger.mlp.0[*]",
 )

@@ -36,7 +36,8 @@ class Prune(Task):
             the weights that are kept. In training `sparsegpt` stands for its static saliency.
         power: of the input norm in `ria`.
         damping: added to the Hessian's diagonal in `sparsegpt`, in multiples of its mean.
-        sites: `all`, `foldable`, `stream`, or names or kinds of sites.
+        sites: `all`; `foldable`, all of them under orders that fold: one for each residual stream, and those
+            inside the blocks; `stream`, the layers that read one alone; or names or kinds of sites.
         coupling: whether layers with the same input share an order (`shared`) or have one each.
         within_heads: keep the order of an attention output's input within heads, which folds.
         num_groups: equal consecutive blocks of channels that no channel leaves; 1 for a global order.
@@ -68,6 +69,8 @@ class Prune(Task):
     compared_within: ClassVar[tuple[str, ...]] = (*DENSE, "sites", "num_samples")
 
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
+        "coupling": ("sites", ["foldable", "stream"]),
+        "within_heads": ("sites", ["foldable", "stream"]),
         "power": ("pruner", ["magnitude", "wanda", "sparsegpt"]),
         "damping": ("pruner", ["magnitude", "wanda", "ria"]),
         "block_size": ("num_groups", ["<set>"]),
