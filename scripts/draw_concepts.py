@@ -85,7 +85,7 @@ def matrix(
     top = largest or max(float(values.abs().max()), 1e-9)
     norm = Normalize(-top, top) if signed else Normalize(0, top)
     colours = SIGNED if signed else MASS
-    axes.imshow(values, cmap=colours, norm=norm)
+    axes.imshow(values.numpy(), cmap=colours, norm=norm)
     rows, columns = values.shape
     for row in range(rows):
         for column in range(columns):
@@ -152,14 +152,14 @@ def _site_of_items(axes: Axes) -> None:
     image = Digits(val_fraction=0.2, test_fraction=0.2).dataset("test", 0).inputs[0][0]
     patches = [part for rows in image.split(2) for part in rows.split(2, dim=1)]
     start, other = scan_order("row", 4, 4), scan_order("spiral", 4, 4)
-    axes.imshow(image, cmap="gray_r", extent=(0, 4, 5.4, 1.4), vmin=0, vmax=1)
+    axes.imshow(image.numpy(), cmap="gray_r", extent=(0, 4, 5.4, 1.4), vmin=0, vmax=1)
     for line in range(5):
         axes.plot([0, 4], [1.4 + line, 1.4 + line], color=SKY, linewidth=0.8)
         axes.plot([line, line], [1.4, 5.4], color=SKY, linewidth=0.8)
     for y, order in ((1.4, start), (4.4, other)):
         for slot, item in enumerate(order.tolist()):
             x = 5.6 + 0.75 * slot
-            axes.imshow(patches[item], cmap="gray_r", extent=(x, x + 0.65, y + 0.65, y), vmin=0, vmax=1)
+            axes.imshow(patches[item].numpy(), cmap="gray_r", extent=(x, x + 0.65, y + 0.65, y), vmin=0, vmax=1)
             axes.add_patch(Rectangle((x, y), 0.65, 0.65, facecolor="none", edgecolor=SKY, linewidth=0.8))
             axes.text(x + 0.32, y + 1.0, f"{item}", ha="center", va="center", fontsize=8, color=GREY)
     axes.set(xlim=(0, 22), ylim=(7.2, 0))

@@ -69,5 +69,7 @@ def test_a_task_in_a_folder_lacks_its_yaml(tree: Path) -> None:
 
 def test_a_component_without_a_source_says_which(tree: Path) -> None:
     (tree / "conf/method/mine.yaml").write_text("sharpness: 1.0")
-    with pytest.raises(ConfigError, match=r"method.component=mine: no such component; conf/method/mine.yaml has no src"):
+    with pytest.raises(
+        ConfigError, match=r"method.component=mine: no such component; conf/method/mine.yaml has no src"
+    ):
         schema.check_component("method", "mine")

@@ -157,7 +157,8 @@ def test_every_method_has_a_preset():
     for path in sorted((PACKAGE / "method").glob("*.py")):
         found = getattr(importlib.import_module(f"permlab.method.{path.stem}"), class_name(path.stem), None)
         if isinstance(found, type) and issubclass(found, Method):
-            assert path.stem in components("method"), f"src/permlab/method/{path.name}: {missing('method', path.stem)}"
+            lacks = missing("method", path.stem)
+            assert path.stem in components("method"), f"no preset of {path.stem} is found: {lacks}"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -202,18 +203,19 @@ def test_starting_order_is_reproduced_exactly(preset, start):
     method = make(preset, STARTS[start], num_groups=num_groups)
     items = items_of(2, 6)
     found = method.best(items)
-    inverted = torch.equal(found.expand(2, 6), invert(order).expand(2, 6))
-    assert torch.equal(found.expand(2, 6), order.expand(2, 6)), (
-        f"best() must return site.order before training, which is {STARTS[start]}, not {found.tolist()}"
-        + (": that is its rank; an order holds gather indices, y[i] = x[order[i]]" if inverted else "")
+    starts = torch.equal(found.expand(2, 6), order.expand(2, 6))
+    is_rank = torch.equal(found.expand(2, 6), invert(order).expand(2, 6))
+    assert starts, f"best() must return site.order before training, which is {STARTS[start]}, not {found.tolist()}" + (
+        ": that is its rank; an order holds gather indices, y[i] = x[order[i]]" if is_rank else ""
     )
     scores = method.scores(items)
     if scores is not None and scores.shape == (num_groups, 6 // num_groups, 6 // num_groups):
-        found = method.merge_orders(scores.argmax(-1))
-        assert torch.equal(found, order), "scores() [slot, item] must be largest at site.order before training"
+        starts = torch.equal(method.merge_orders(scores.argmax(-1)), order)
+        assert starts, "scores() [slot, item] must be largest at site.order before training"
     elif scores is not None:
         falling = method.merge_orders(method.split_scores(scores).argsort(-1, descending=True))
-        assert torch.equal(falling.expand(2, 6), order.expand(2, 6)), (
+        starts = torch.equal(falling.expand(2, 6), order.expand(2, 6))
+        assert starts, (
             "scores() must fall along site.order before training: falling_scores() of method/base.py gives such"
         )
     statistics = method.statistics(items)
@@ -248,7 +250,8 @@ def test_warmup_keeps_the_start_and_frozen_and_evaluation_are_hard_and_determini
     method.phase = "active"
     evaluated = method.eval()(items)
     for when, sample in (("frozen", frozen), ("evaluated", evaluated)):
-        assert torch.equal(sample.order, method.best(items)), f"when {when}, forward() must give the order of best()"
+        kept = torch.equal(sample.order, method.best(items))
+        assert kept, f"when {when}, forward() must give the order of best()"
         others = (sample.soft, sample.log_prob, sample.estimator)
         assert others == (None, None, "none"), f"when {when}, forward() must give an order and nothing that learns"
 
@@ -296,10 +299,13 @@ def test_rows_or_columns_of_the_soft_matrix_sum_to_one(preset, num_items):
     for temperature in (0.01, 0.3, 3.0):
         method.temperature = temperature
         soft = method(items_of(num_items), generator=seeded(0)).soft
-        assert (soft >= 0).all(), f"soft must have no negative entry; at temperature {temperature} it has {soft.min():.3g}"
+        assert (soft >= 0).all(), (
+            f"soft must have no negative entry; at temperature {temperature} it has {soft.min():.3g}"
+        )
         rows, columns = _row_and_column_error(soft)
         assert min(rows, columns) < 1e-5, (
-            f"rows or columns of soft must sum to one; at temperature {temperature} they are off by {rows:.2g}, {columns:.2g}"
+            f"rows or columns of soft must sum to one; at temperature {temperature} rows are off by {rows:.2g}, "
+            f"columns by {columns:.2g}"
         )
         if num_items == 1:
             assert soft.item() == 1, "soft of a single item must be 1"
@@ -342,7 +348,13 @@ def test_gradients_agree_with_finite_differences(preset):
 
     # Of a network's hundreds of parameters, random directions are tried in place of each.
     many = sum(parameter.numel() for parameter in method.parameters()) > 40
-    assert torch.autograd.gradcheck(outputs, tuple(method.parameters()), fast_mode=many)
+    try:
+        torch.autograd.gradcheck(outputs, tuple(method.parameters()), fast_mode=many)
+    except torch.autograd.gradcheck.GradcheckError as error:
+        pytest.fail(
+            "the gradient of soft and log_prob must agree with finite differences in float64, under the same "
+            f"generator: {str(error).splitlines()[0]}"
+        )
 
 
 @pytest.mark.parametrize("preset", LEARNED)
@@ -377,10 +389,12 @@ def test_no_temperature_of_the_schedule_gives_nan(preset, state):
         here = f"must be finite for parameters that are {state}, at temperature {temperature:g}"
         for name in ("soft", "log_prob"):
             part = getattr(sample, name)
-            assert part is None or part.isfinite().all(), f"{name} {here}: clamp scores to MAX_SCORE of method/base.py"
+            finite = part is None or bool(part.isfinite().all())
+            assert finite, f"{name} {here}: clamp scores to MAX_SCORE of method/base.py"
         loss_of(method, items, sample).backward()
         for name, parameter in method.named_parameters():
-            assert parameter.grad.isfinite().all(), f"the gradient of {name} {here}"
+            finite = bool(parameter.grad.isfinite().all())
+            assert finite, f"the gradient of {name} {here}"
         assert method.entropy(items).isfinite(), f"entropy() {here}"
         found = method.best(items).sort(-1).values.reshape(-1, 6)[0]
         assert torch.equal(found, torch.arange(6)), f"best() must have each item once for parameters that are {state}"
@@ -480,7 +494,8 @@ def assert_relabelled(
     preset: str, first: Method, items: torch.Tensor, second: Method, items_again: torch.Tensor
 ) -> None:
     expected, found = invert(RELABEL)[first.best(items)], second.best(items_again)
-    assert torch.equal(expected, found), (
+    alike = torch.equal(expected, found)
+    assert alike, (
         "items numbered otherwise must be ordered alike: does something (noise, a tie) belong to an item's number? "
         f"expected {expected.tolist()}, got {found.tolist()}"
     )
@@ -569,9 +584,10 @@ def test_state_survives_a_safe_file(preset):
     other = make(preset, 6)
     other.load_state_dict(torch.load(file, weights_only=True))
     lost = "must be all in state_dict(): as parameters and registered buffers"
-    assert torch.equal(method.best(items), other.best(items)), f"what best() depends on {lost}"
+    kept = torch.equal(method.best(items), other.best(items))
+    assert kept, f"what best() depends on {lost}"
     again = [each(items, generator=seeded(9)) for each in (method, other)]
-    assert same(*again), f"what sample() depends on {lost}"
+    assert same(*again), f"what sample() depends on, but for its generator, {lost}"
     if sample.log_prob is not None:
         reward = permute(items, sample).sum((-2, -1))
         assert torch.equal(method.advantage(reward), other.advantage(reward)), f"what advantage() depends on {lost}"
@@ -657,7 +673,7 @@ def test_every_option_changes_some_output(preset, key):
     assert changed, f"no other value of {key}={settings[key]} to try"
     for value in changed:
         assert makes_a_difference(preset, {key: value}), (
-            f"{key}: {settings[key]} -> {value} changes nothing. An option must show in a short training, or be left out"
+            f"{key}: {settings[key]} -> {value} changes nothing: an option must show in a short training"
         )
 
 
@@ -673,7 +689,9 @@ def test_a_search_finds_a_better_order_and_the_same_one_again(preset, num_groups
     found = make(preset, 6).search(inputs)
     assert sorted(found.tolist()) == list(range(64)), "search() must return an order: each channel once"
     size = 64 // num_groups
-    assert (found // size).tolist() == (torch.arange(64) // size).tolist(), "search() must leave channels in their group"
+    assert (found // size).tolist() == (torch.arange(64) // size).tolist(), (
+        "search() must leave channels in their group"
+    )
     assert torch.equal(found, make(preset, 6).search(inputs)), "search() must find the same order again"
     scores = inputs.scores[0].numpy()
 
@@ -688,7 +706,9 @@ def test_a_search_finds_a_better_order_and_the_same_one_again(preset, num_groups
         return torch.einsum("oi,ij,oj->", weight, inputs.hessians[0], weight)
 
     better = lost(found) < lost(torch.arange(64)) or kept(found) > kept(torch.arange(64))
-    assert better, "search() must lower the reconstruction error, or keep more of the scores, than the channels as they are"
+    assert better, (
+        "search() must lower the reconstruction error, or keep more of the scores, than the channels as they are"
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
