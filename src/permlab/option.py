@@ -206,24 +206,34 @@ def options_of(path: Path, class_name: str) -> dict[str, Option]:
     """Options of the class `class_name` in the source file `path`, without importing it.
 
     Raises:
-        ValueError: if the file has no such class, or the class has no constructor of its own.
+        ValueError: naming the file, if it is no Python, has no such class, or the class has no constructor of its
+            own or one with an option whose annotation is missing or is none of this module's types.
     """
-    for node in ast.parse(path.read_text()).body:
+    try:
+        body = ast.parse(path.read_text()).body
+    except SyntaxError as error:
+        raise ValueError(f"{path}: line {error.lineno}: {error.msg}") from error
+    for node in body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:
             for item in node.body:
                 if isinstance(item, ast.FunctionDef) and item.name == "__init__":
-                    return _options_of_signature(item.args)
-            raise ValueError(f"{class_name} in {path} has no __init__ of its own")
-    raise ValueError(f"{path} has no class {class_name}")
+                    return _options_of_signature(item.args, f"{path}: {class_name}")
+            raise ValueError(f"{path}: {class_name} has no __init__ of its own")
+    raise ValueError(f"{path}: has no class {class_name}")
 
 
-def _options_of_signature(arguments: ast.arguments) -> dict[str, Option]:
+def _options_of_signature(arguments: ast.arguments, owner: str) -> dict[str, Option]:
     options = {}
     for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        assert argument.annotation is not None, f"option {argument.arg} has no annotation"
+        name = f"{owner}: option {argument.arg}"
+        if argument.annotation is None:
+            raise ValueError(f"{name} has no annotation; expected a type of permlab.option such as PositiveFloat")
         code = compile(ast.Expression(argument.annotation), "<annotation>", "eval")
         value = REQUIRED if default is None else ast.literal_eval(default)
-        options[argument.arg] = Option(eval(code, dict(_NAMESPACE)), value)  # noqa: S307 (our own source)
+        try:
+            options[argument.arg] = Option(eval(code, dict(_NAMESPACE)), value)  # noqa: S307 (our own source)
+        except NameError as error:
+            raise ValueError(f"{name}: {error}; expected a type of permlab.option such as PositiveFloat") from error
     return options
 
 

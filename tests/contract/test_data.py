@@ -6,6 +6,7 @@ and returns the settings that go with it.
 """
 
 import functools
+import importlib
 import importlib.util
 import json
 import re
@@ -25,7 +26,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from permlab.config.build import build
-from permlab.config.schema import component_options, constant
+from permlab.config.schema import PACKAGE, class_name, component_options, components, constant, missing
 from permlab.data.loader import Batchable, Loader
 from permlab.errors import ConfigError
 
@@ -146,6 +147,13 @@ def same(first: list[Any], second: list[Any]) -> bool:
 # What the specification says
 
 
+def test_every_data_set_has_a_preset():
+    for path in sorted((PACKAGE / "data").glob("*.py")):
+        found = getattr(importlib.import_module(f"permlab.data.{path.stem}"), class_name(path.stem), None)
+        if hasattr(found, "kind") and hasattr(found, "dataset"):
+            assert path.stem in components("data"), f"no preset of {path.stem} is found: {missing('data', path.stem)}"
+
+
 def test_the_shape_is_known_before_torch_is_imported(tmp_path):
     every = [settings_of(preset, tmp_path / preset) for preset in PRESETS]
     code = (
@@ -175,19 +183,19 @@ def test_batches_are_what_the_specification_says(settings):
         inputs, targets = found.__getitems__(range(min(64, len(found))))
         assert len(inputs) == len(targets) == min(64, len(found))
         assert targets.dtype == torch.int64, f"labels and targets are int64, not {targets.dtype}"
-        assert targets.min() >= 0
+        assert targets.min() >= 0, f"labels and targets count from 0; {split} holds {targets.min()}"
         assert targets.max() < spec.num_classes, f"{split} holds {targets.max()}; num_classes is {spec.num_classes}"
         if spec.kind == "image":
             assert inputs.shape[1:] == (spec.channels, spec.height, spec.width), "images are [b, c, h, w]"
             assert inputs.dtype == torch.float32, f"images are float32, not {inputs.dtype}"
-            assert inputs.isfinite().all()
+            assert inputs.isfinite().all(), f"pixels are finite numbers; those of {split} are not"
             assert targets.ndim == 1, "an image has one label"
             largest = max(largest, *found.__getitems__(range(len(found)))[1].tolist())
         elif spec.kind == "text":
             assert inputs.shape == targets.shape == (len(inputs), spec.width), "tokens are [b, length]"
             assert inputs.dtype == torch.int64, f"tokens are int64, not {inputs.dtype}"
-            assert inputs.min() >= 0
-            assert inputs.max() < spec.num_classes
+            assert inputs.min() >= 0, f"tokens count from 0; {split} holds {inputs.min()}"
+            assert inputs.max() < spec.num_classes, f"{split} holds {inputs.max()}; num_classes is {spec.num_classes}"
             assert torch.equal(inputs[:, 1:], targets[:, :-1]), "the target of a token is the next one"
     if spec.kind == "image":
         assert largest == spec.num_classes - 1, f"num_classes is {spec.num_classes}, and no label is above {largest}"
@@ -283,7 +291,8 @@ def test_splits_hold_the_same_whole_under_every_seed(settings):
     spec = build("data", settings).spec()
     whole = [[sample for split in SPLITS for sample in contents(dataset(settings, split, seed))] for seed in (0, 1)]
     if spec.kind == "image":
-        assert sorted(whole[0]) == sorted(whole[1]), "a sample is in no split, or in two, under one seed"
+        alike = sorted(whole[0]) == sorted(whole[1])
+        assert alike, "a sample is in no split, or in two, under one seed"
     else:
         # What is left over at the end of a text, less than a sample, is in no split.
         assert abs(len(whole[0]) - len(whole[1])) <= len(SPLITS), "splits hold more under one seed than another"
@@ -358,7 +367,7 @@ def test_a_broken_file_is_named(files, fault, tmp_path):
 def test_broken_files_can_be_left_out_and_are_counted(name, tmp_path):
     files = settings_of(COMPONENTS[name], tmp_path / "whole") | {"on_corrupt": "skip"}
     _, described, whole = read(files)
-    assert described.num_skipped == 0
+    assert described.num_skipped == 0, "num_skipped counts what was left out, and nothing is broken yet"
     num_left_out = 0
     for number, file in enumerate(files_of(files)):
         settings = broken(files, file, "cut", tmp_path / str(number))
@@ -374,7 +383,7 @@ def test_broken_files_can_be_left_out_and_are_counted(name, tmp_path):
         assert any(path in str(warning.message) for warning in caught), f"{file}, cut, is left out without a warning"
         assert described.num_skipped == 1, f"{described.num_skipped} were counted where one was broken"
         assert is_part(left, whole), f"{file}, cut, is read as samples that were in no file"
-        assert len(left) < len(whole)
+        assert len(left) < len(whole), f"{file}, cut, is said to be left out, and as many samples are read"
         num_left_out += 1
     assert num_left_out, "on_corrupt=skip left out nothing of all that is broken"
 
@@ -392,4 +401,5 @@ def test_a_folder_that_is_not_there_is_named(files, tmp_path):
 def test_yaml_has_a_help_line_and_what_every_loader_needs(preset):
     first = (CONF / "data" / f"{preset}.yaml").read_text().splitlines()[0]
     assert re.fullmatch(r"# \S.{10,}", first), "the first line of the YAML says in a comment what the data are"
-    assert {"batch_size", "num_workers"} <= preset_settings(preset).keys()
+    lacks = {"batch_size", "num_workers"} - preset_settings(preset).keys()
+    assert not lacks, f"conf/data/{preset}.yaml has no {' and no '.join(sorted(lacks))}"

@@ -4,12 +4,15 @@ A new method is one file and one YAML: nothing here names a method. What a prese
 parameters, a soft matrix, a log-probability, is its sample left to chance) is read from it.
 """
 
+import contextlib
 import functools
+import importlib
 import io
 import json
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from scipy.stats import chi2_contingency, chisquare
 from torch.func import functional_call
 
 from permlab.config.build import build
-from permlab.config.schema import component_options
+from permlab.config.schema import PACKAGE, class_name, component_options, components, missing
 from permlab.errors import ConfigError
 from permlab.method.base import Method
 from permlab.option import choices, matches
@@ -127,21 +130,45 @@ def _first_sample(preset: str, seed: int = 0) -> PermutationSample:
     return make(preset, 6)(items_of(6), generator=seeded(seed))
 
 
-LEARNED = [preset for preset in PRESETS if list(make(preset, 6).parameters())]
-RELAXED = [preset for preset in PRESETS if _first_sample(preset).soft is not None]
-LAWS = [preset for preset in PRESETS if _first_sample(preset).log_prob is not None]
-CHANCE = [
-    preset
-    for preset in PRESETS
-    if any(not same(_first_sample(preset), _first_sample(preset, seed)) for seed in range(9))
-]
-PICTURED = [preset for preset in PRESETS if make(preset, 6).soft_matrix(items_of(6)) is not None]
+def those(question: Callable[[str], bool]) -> list[str]:
+    """Presets of which it is true; of one that cannot be asked `test_it_can_be_built_and_drawn_from` says why."""
+    found = []
+    for preset in PRESETS:
+        with contextlib.suppress(Exception):
+            found += [preset] if question(preset) else []
+    return found
+
+
+LEARNED = those(lambda preset: bool(list(make(preset, 6).parameters())))
+RELAXED = those(lambda preset: _first_sample(preset).soft is not None)
+LAWS = those(lambda preset: _first_sample(preset).log_prob is not None)
+CHANCE = those(lambda preset: any(not same(_first_sample(preset), _first_sample(preset, seed)) for seed in range(9)))
+PICTURED = those(lambda preset: make(preset, 6).soft_matrix(items_of(6)) is not None)
 # A surrogate may have the hard matrix's values and only a gradient of its own; finite differences cannot see that.
-CONSTANT = [
-    preset
-    for preset in RELAXED
-    if torch.equal(_first_sample(preset).soft, order_to_matrix(_first_sample(preset).order))
-]
+CONSTANT = those(
+    lambda preset: torch.equal(_first_sample(preset).soft, order_to_matrix(_first_sample(preset).order))
+)  # fmt: skip
+
+
+# Files
+
+
+def test_every_method_has_a_preset():
+    for path in sorted((PACKAGE / "method").glob("*.py")):
+        found = getattr(importlib.import_module(f"permlab.method.{path.stem}"), class_name(path.stem), None)
+        if isinstance(found, type) and issubclass(found, Method):
+            lacks = missing("method", path.stem)
+            assert path.stem in components("method"), f"no preset of {path.stem} is found: {lacks}"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_it_can_be_built_and_drawn_from(preset):
+    sample = make(preset, 6).train()(items_of(2, 6), generator=seeded(0))
+    assert isinstance(sample, PermutationSample), "sample() must return a PermutationSample, of permlab.permutation"
+    needed = {"relaxed": "soft", "straight_through": "soft", "score_function": "log_prob", "none": "order"}
+    assert sample.estimator in needed, f"estimator must be one of {', '.join(needed)}, not {sample.estimator!r}"
+    name = needed[sample.estimator]
+    assert getattr(sample, name) is not None, f"a {sample.estimator} sample must have {name}, through which it learns"
 
 
 # A true permutation, exactly at the start
@@ -155,12 +182,17 @@ def test_every_order_is_a_permutation(preset, num_items, batch):
     items = items_of(*batch, num_items)
     for training in (True, False):
         sample = method.train(training)(items, generator=seeded(1))
-        assert sample.order.dtype == torch.int64
-        assert torch.equal(sample.order.sort(-1).values, torch.arange(num_items).expand_as(sample.order))
+        source = "the order of sample()" if training else "best()"
+        assert sample.order.dtype == torch.int64, f"{source} must be int64, not {sample.order.dtype}"
+        is_permutation = torch.equal(sample.order.sort(-1).values, torch.arange(num_items).expand_as(sample.order))
+        assert is_permutation, f"{source} must have each of {num_items} items once: {sample.order.tolist()}"
         shape = torch.broadcast_shapes(sample.order.shape[:-1], batch)
-        assert permute(items, sample).shape == (*shape, num_items, NUM_FEATURES)
-        assert sample.log_prob is None or sample.log_prob.shape == sample.order.shape[:-1]
-        assert sample.soft is None or sample.soft.shape == (*sample.order.shape, num_items)
+        assert permute(items, sample).shape == (*shape, num_items, NUM_FEATURES), "permute() must keep the items' shape"
+        if sample.log_prob is not None:
+            assert sample.log_prob.shape == sample.order.shape[:-1], "log_prob must have one number for each order"
+        if sample.soft is not None:
+            shape = (*sample.order.shape, num_items)
+            assert sample.soft.shape == shape, "soft must be [*b, n, n] for an order [*b, n], row = slot"
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -170,16 +202,25 @@ def test_starting_order_is_reproduced_exactly(preset, start):
     num_groups = 2 if start == "two_groups" else 1
     method = make(preset, STARTS[start], num_groups=num_groups)
     items = items_of(2, 6)
-    assert torch.equal(method.best(items).expand(2, 6), order.expand(2, 6))
+    found = method.best(items)
+    starts = torch.equal(found.expand(2, 6), order.expand(2, 6))
+    is_rank = torch.equal(found.expand(2, 6), invert(order).expand(2, 6))
+    assert starts, f"best() must return site.order before training, which is {STARTS[start]}, not {found.tolist()}" + (
+        ": that is its rank; an order holds gather indices, y[i] = x[order[i]]" if is_rank else ""
+    )
     scores = method.scores(items)
     if scores is not None and scores.shape == (num_groups, 6 // num_groups, 6 // num_groups):
-        assert torch.equal(method.merge_orders(scores.argmax(-1)), order)
+        starts = torch.equal(method.merge_orders(scores.argmax(-1)), order)
+        assert starts, "scores() [slot, item] must be largest at site.order before training"
     elif scores is not None:
-        falling = method.split_scores(scores).argsort(-1, descending=True)
-        assert torch.equal(method.merge_orders(falling).expand(2, 6), order.expand(2, 6))
+        falling = method.merge_orders(method.split_scores(scores).argsort(-1, descending=True))
+        starts = torch.equal(falling.expand(2, 6), order.expand(2, 6))
+        assert starts, (
+            "scores() must fall along site.order before training: falling_scores() of method/base.py gives such"
+        )
     statistics = method.statistics(items)
-    assert statistics["kendall"] == 1
-    assert statistics["displacement"] == 0
+    assert statistics["kendall"] == 1, "statistics() must say that nothing has moved before training"
+    assert statistics["displacement"] == 0, "statistics() must say that nothing has moved before training"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -189,10 +230,13 @@ def test_groups_are_never_left(preset):
     group = torch.arange(9) // 3
     for seed in range(5):
         sample = method(items, generator=seeded(seed))
-        assert torch.equal(sample.order // 3, group.expand_as(sample.order))
+        stays = torch.equal(sample.order // 3, group.expand_as(sample.order))
+        assert stays, f"sample() must leave items in their group (site.num_groups; merge_orders): {sample.order}"
         if sample.soft is not None:
-            assert (sample.soft[..., group[:, None] != group] == 0).all()
-    assert torch.equal(method.best(items) // 3, group)
+            outside = sample.soft[..., group[:, None] != group]
+            assert (outside == 0).all(), "soft must be zero between groups: merge_matrices() puts blocks together"
+    found = method.best(items)
+    assert torch.equal(found // 3, group), f"best() must leave items in their group (site.num_groups): {found}"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -200,14 +244,16 @@ def test_warmup_keeps_the_start_and_frozen_and_evaluation_are_hard_and_determini
     method = disturb(make(preset, 6), 1.0)
     items = items_of(6)
     method.phase = "warmup"
-    assert torch.equal(method(items).order, method.site.order)
+    assert torch.equal(method(items).order, method.site.order), "in warmup, forward() must give site.order"
     method.phase = "frozen"
     frozen = method(items)
     method.phase = "active"
     evaluated = method.eval()(items)
-    for sample in (frozen, evaluated):
-        assert torch.equal(sample.order, method.best(items))
-        assert (sample.soft, sample.log_prob, sample.estimator) == (None, None, "none")
+    for when, sample in (("frozen", frozen), ("evaluated", evaluated)):
+        kept = torch.equal(sample.order, method.best(items))
+        assert kept, f"when {when}, forward() must give the order of best()"
+        others = (sample.soft, sample.log_prob, sample.estimator)
+        assert others == (None, None, "none"), f"when {when}, forward() must give an order and nothing that learns"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -218,9 +264,10 @@ def test_items_may_be_left_out_unless_they_are_needed(preset):
         with pytest.raises(ValueError, match="items"):
             method.best()
         return
-    assert torch.equal(method.best(), method.best(items))
-    assert same(method.eval()(), method(items))
-    assert method.train()(generator=seeded(0)).order.shape[-1] == 6
+    unneeded = "must not depend on the items: needs_items is False"
+    assert torch.equal(method.best(), method.best(items)), f"best() {unneeded}"
+    assert same(method.eval()(), method(items)), f"forward() {unneeded}"
+    assert method.train()(generator=seeded(0)).order.shape[-1] == 6, f"sample() {unneeded}"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -229,10 +276,13 @@ def test_statistics_are_finite_and_in_range(preset):
     for number in range(4):
         method.advance(number, 4)
         statistics = method.statistics(items_of(3, 6))
-        assert {"entropy", "temperature", "kendall", "displacement"} <= statistics.keys()
-        assert all(value.ndim == 0 and value.isfinite() for value in statistics.values())
-        assert -1e-6 <= statistics["entropy"] <= 1 + 1e-6
-        assert statistics["temperature"] == pytest.approx(method.temperature)
+        expected = {"entropy", "temperature", "kendall", "displacement"}
+        assert expected <= statistics.keys(), f"statistics() lacks {', '.join(expected - statistics.keys())}"
+        wrong = [name for name, value in statistics.items() if value.ndim or not value.isfinite()]
+        assert not wrong, f"statistics() must be finite numbers, and {', '.join(wrong)} is not"
+        entropy = statistics["entropy"].item()
+        assert -1e-6 <= entropy <= 1 + 1e-6, f"entropy() goes from 0 (one order) to 1 (a uniform law): {entropy:.3g}"
+        assert statistics["temperature"] == pytest.approx(method.temperature), "advance() sets the temperature"
 
 
 # The relaxation
@@ -249,17 +299,24 @@ def test_rows_or_columns_of_the_soft_matrix_sum_to_one(preset, num_items):
     for temperature in (0.01, 0.3, 3.0):
         method.temperature = temperature
         soft = method(items_of(num_items), generator=seeded(0)).soft
-        assert (soft >= 0).all()
-        assert min(_row_and_column_error(soft)) < 1e-5
+        assert (soft >= 0).all(), (
+            f"soft must have no negative entry; at temperature {temperature} it has {soft.min():.3g}"
+        )
+        rows, columns = _row_and_column_error(soft)
+        assert min(rows, columns) < 1e-5, (
+            f"rows or columns of soft must sum to one; at temperature {temperature} rows are off by {rows:.2g}, "
+            f"columns by {columns:.2g}"
+        )
         if num_items == 1:
-            assert soft.item() == 1
+            assert soft.item() == 1, "soft of a single item must be 1"
 
 
 @pytest.mark.parametrize("preset", [preset for preset in RELAXED if "num_iters" in settings_of(preset)])
 def test_enough_iterations_bring_rows_and_columns_to_one(preset):
     method = disturb(make(preset, 17, num_iters=1000), 0.3)
     method.temperature = 0.3
-    assert max(_row_and_column_error(method.soft_matrix(items_of(17)))) < 1e-4
+    rows, columns = _row_and_column_error(method.soft_matrix(items_of(17)))
+    assert max(rows, columns) < 1e-4, f"num_iters=1000 must bring rows and columns to one: {rows:.2g}, {columns:.2g}"
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -272,9 +329,11 @@ def test_cold_limit_is_the_hard_matrix_of_the_best_order(preset, seed):
     for temperature in (1.0, 0.001):
         method.temperature = temperature
         error.append((method.soft_matrix(items) - target).abs().max().item())
-    assert error[1] < 0.02 < error[0]
+    warm, cold = error
+    assert cold < 0.02, f"soft_matrix() must be the matrix of best() when it is cold, and is off by {cold:.2g}"
+    assert warm > 0.02, f"soft_matrix() must be soft when it is warm; at temperature 1 it is within {warm:.2g} of hard"
     method.temperature = 0.001
-    assert method.entropy(items) < 0.02
+    assert method.entropy(items) < 0.02, "entropy() must be near 0 when the method is cold"
 
 
 @pytest.mark.parametrize("preset", [preset for preset in LEARNED if preset not in CONSTANT])
@@ -289,7 +348,13 @@ def test_gradients_agree_with_finite_differences(preset):
 
     # Of a network's hundreds of parameters, random directions are tried in place of each.
     many = sum(parameter.numel() for parameter in method.parameters()) > 40
-    assert torch.autograd.gradcheck(outputs, tuple(method.parameters()), fast_mode=many)
+    try:
+        torch.autograd.gradcheck(outputs, tuple(method.parameters()), fast_mode=many)
+    except torch.autograd.gradcheck.GradcheckError as error:
+        pytest.fail(
+            "the gradient of soft and log_prob must agree with finite differences in float64, under the same "
+            f"generator: {str(error).splitlines()[0]}"
+        )
 
 
 @pytest.mark.parametrize("preset", LEARNED)
@@ -297,12 +362,13 @@ def test_a_training_step_changes_every_parameter_that_counts(preset):
     method = disturb(make(preset, 6), 0.1)
     items = items_of(5, 6)
     loss_of(method, items, method(items, generator=seeded(1))).backward()
-    for parameter in method.parameters():
-        assert parameter.grad is not None
-        assert parameter.grad.isfinite().all()
+    for name, parameter in method.named_parameters():
+        assert parameter.grad is not None, f"{name} takes no part in a sample: build it only where it does"
+        assert parameter.grad.isfinite().all(), f"the gradient of {name} must be finite"
     # The running baseline of a law starts at the first reward, whose advantage is then zero.
     loss_of(method, items, method(items, generator=seeded(2))).backward()
-    assert all((parameter.grad != 0).any() for parameter in method.parameters())
+    idle = [name for name, parameter in method.named_parameters() if not (parameter.grad != 0).any()]
+    assert not idle, f"the gradient of {', '.join(idle)} is zero: does the sample carry it (no detach, no argmax)?"
 
 
 @pytest.mark.parametrize("state", ["start", "tied", "huge"])
@@ -320,11 +386,18 @@ def test_no_temperature_of_the_schedule_gives_nan(preset, state):
         method.temperature = temperature
         method.zero_grad()
         sample = method(items, generator=seeded(0))
-        assert all(part is None or part.isfinite().all() for part in (sample.soft, sample.log_prob))
+        here = f"must be finite for parameters that are {state}, at temperature {temperature:g}"
+        for name in ("soft", "log_prob"):
+            part = getattr(sample, name)
+            finite = part is None or bool(part.isfinite().all())
+            assert finite, f"{name} {here}: clamp scores to MAX_SCORE of method/base.py"
         loss_of(method, items, sample).backward()
-        assert all(parameter.grad.isfinite().all() for parameter in method.parameters())
-        assert method.entropy(items).isfinite()
-        assert torch.equal(method.best(items).sort(-1).values.reshape(-1, 6)[0], torch.arange(6))
+        for name, parameter in method.named_parameters():
+            finite = bool(parameter.grad.isfinite().all())
+            assert finite, f"the gradient of {name} {here}"
+        assert method.entropy(items).isfinite(), f"entropy() {here}"
+        found = method.best(items).sort(-1).values.reshape(-1, 6)[0]
+        assert torch.equal(found, torch.arange(6)), f"best() must have each item once for parameters that are {state}"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -334,10 +407,10 @@ def test_bfloat16_items(preset):
     full = permute(items, method(items, generator=seeded(0)))
     low = items.bfloat16().requires_grad_()
     half = permute(low, method(low, generator=seeded(0)))
-    assert half.dtype == torch.bfloat16
+    assert half.dtype == torch.bfloat16, f"items in bfloat16 must come back in bfloat16, not {half.dtype}"
     torch.testing.assert_close(half.float(), full, rtol=0.02, atol=0.02)
     half.sum().backward()
-    assert low.grad.isfinite().all()
+    assert low.grad.isfinite().all(), "the gradient of items in bfloat16 must be finite"
 
 
 # Chance
@@ -351,12 +424,12 @@ def test_the_same_generator_gives_the_same_bits(preset):
     for global_seed in (1, 2):
         torch.manual_seed(global_seed)
         draws.append(method(items, generator=seeded(7)))
-    assert same(*draws)
+    assert same(*draws), "all chance in sample() must come from its generator: torch's own seed changed the sample"
     again = []
     for _ in range(2):
         torch.manual_seed(3)
         again.append(method(items))
-    assert same(*again)
+    assert same(*again), "without a generator, chance must come from torch's own: the same seed gave another sample"
 
 
 def frequencies(method: Method, items: torch.Tensor, num_draws: int) -> tuple[Counter, dict]:
@@ -392,9 +465,11 @@ def agreement(drawn: Counter, log_prob: dict) -> float:
 def test_log_prob_is_that_of_the_law_that_is_drawn_from(preset):
     omits_temperature = settings_of(preset).get("temperature_in_log_prob") is False
     drawn, log_prob = law_of(preset, 1.0 if omits_temperature else 0.6)
-    assert len(log_prob) == math.factorial(4)
-    assert sum(map(math.exp, log_prob.values())) == pytest.approx(1, abs=1e-5)
-    assert agreement(drawn, log_prob) > 1e-3
+    assert len(log_prob) == math.factorial(4), f"a law must reach all 24 orders of 4 items, and reached {len(log_prob)}"
+    total = sum(map(math.exp, log_prob.values()))
+    assert total == pytest.approx(1, abs=1e-5), f"exp(log_prob) over all orders must sum to one: {total:.6f}"
+    p_value = agreement(drawn, log_prob)
+    assert p_value > 1e-3, f"orders must be drawn as often as log_prob says (p = {p_value:.2g}): temperature included?"
 
 
 @pytest.mark.parametrize("preset", [name for name in LAWS if "temperature_in_log_prob" in settings_of(name)])
@@ -418,7 +493,12 @@ def relabelled(preset: str) -> tuple[Method, torch.Tensor, Method, torch.Tensor]
 def assert_relabelled(
     preset: str, first: Method, items: torch.Tensor, second: Method, items_again: torch.Tensor
 ) -> None:
-    assert torch.equal(invert(RELABEL)[first.best(items)], second.best(items_again))
+    expected, found = invert(RELABEL)[first.best(items)], second.best(items_again)
+    alike = torch.equal(expected, found)
+    assert alike, (
+        "items numbered otherwise must be ordered alike: does something (noise, a tie) belong to an item's number? "
+        f"expected {expected.tolist()}, got {found.tolist()}"
+    )
     # The picture of a law is made of draws, whose noise belongs to item numbers.
     if preset in PICTURED and preset not in LAWS:
         torch.testing.assert_close(first.soft_matrix(items)[..., RELABEL], second.soft_matrix(items_again))
@@ -437,7 +517,8 @@ def test_training_commutes_with_relabelling(preset):
     for method, x in ((first, items), (second, items_again)):
         for _ in range(5):
             step(method, loss_of(method, x, method(x)), size=0.3)
-    assert not torch.allclose(first.soft_matrix(items), untrained, atol=1e-3)
+    moved = not torch.allclose(first.soft_matrix(items), untrained, atol=1e-3)
+    assert moved, "five steps down the gradient must move soft_matrix()"
     assert_relabelled(preset, first, items, second, items_again)
 
 
@@ -452,7 +533,8 @@ def test_chance_does_not_depend_on_item_numbers(preset):
     first = Counter({tuple(invert(relabel)[list(order)].tolist()): count for order, count in drawn[0].items()})
     orders = sorted(first | drawn[1])
     table = [[count[order] for order in orders] for count in (first, drawn[1])]
-    assert len(orders) == 1 or chi2_contingency(table).pvalue > 1e-3
+    p_value = 1.0 if len(orders) == 1 else chi2_contingency(table).pvalue
+    assert p_value > 1e-3, f"items numbered otherwise must be drawn as often: p = {p_value:.2g}"
 
 
 # Learning
@@ -479,7 +561,11 @@ def test_training_improves_the_order(preset):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert (weight * items[method.best(items)]).sum() < begin - 2
+    gain = begin - (weight * items[method.best(items)]).sum()
+    assert gain > 2, (
+        f"150 steps of Adam must improve best() on a task that sorting solves: the loss fell by {gain:.2f}, not 2. "
+        "Does the gradient point the right way, and do best() and sample() read the same scores?"
+    )
 
 
 # Settings and state
@@ -497,12 +583,14 @@ def test_state_survives_a_safe_file(preset):
     file.seek(0)
     other = make(preset, 6)
     other.load_state_dict(torch.load(file, weights_only=True))
-    assert torch.equal(method.best(items), other.best(items))
+    lost = "must be all in state_dict(): as parameters and registered buffers"
+    kept = torch.equal(method.best(items), other.best(items))
+    assert kept, f"what best() depends on {lost}"
     again = [each(items, generator=seeded(9)) for each in (method, other)]
-    assert same(*again)
+    assert same(*again), f"what sample() depends on, but for its generator, {lost}"
     if sample.log_prob is not None:
         reward = permute(items, sample).sum((-2, -1))
-        assert torch.equal(method.advantage(reward), other.advantage(reward))
+        assert torch.equal(method.advantage(reward), other.advantage(reward)), f"what advantage() depends on {lost}"
 
 
 @functools.cache
@@ -584,7 +672,9 @@ def test_every_option_changes_some_output(preset, key):
     changed = variations(settings[key], options(preset)[key])
     assert changed, f"no other value of {key}={settings[key]} to try"
     for value in changed:
-        assert makes_a_difference(preset, {key: value}), f"{key}: {settings[key]} -> {value} changes nothing"
+        assert makes_a_difference(preset, {key: value}), (
+            f"{key}: {settings[key]} -> {value} changes nothing: an option must show in a short training"
+        )
 
 
 # Searches
@@ -597,9 +687,12 @@ SEARCHES = [preset for preset in PRESETS if make(preset, 6).search(channels()) i
 def test_a_search_finds_a_better_order_and_the_same_one_again(preset, num_groups):
     inputs = replace(channels(), num_groups=num_groups)
     found = make(preset, 6).search(inputs)
-    assert sorted(found.tolist()) == list(range(64))
-    assert (found // (64 // num_groups)).tolist() == (torch.arange(64) // (64 // num_groups)).tolist()
-    assert torch.equal(found, make(preset, 6).search(inputs))
+    assert sorted(found.tolist()) == list(range(64)), "search() must return an order: each channel once"
+    size = 64 // num_groups
+    assert (found // size).tolist() == (torch.arange(64) // size).tolist(), (
+        "search() must leave channels in their group"
+    )
+    assert torch.equal(found, make(preset, 6).search(inputs)), "search() must find the same order again"
     scores = inputs.scores[0].numpy()
 
     def kept(order):
@@ -612,11 +705,15 @@ def test_a_search_finds_a_better_order_and_the_same_one_again(preset, num_groups
                 row[block[score[block].argsort(descending=True)[:2]]] = 0
         return torch.einsum("oi,ij,oj->", weight, inputs.hessians[0], weight)
 
-    assert lost(found) < lost(torch.arange(64)) or kept(found) > kept(torch.arange(64))
+    better = lost(found) < lost(torch.arange(64)) or kept(found) > kept(torch.arange(64))
+    assert better, (
+        "search() must lower the reconstruction error, or keep more of the scores, than the channels as they are"
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_yaml_has_a_help_line_and_a_starting_order(preset):
     first = (CONF / "method" / f"{preset}.yaml").read_text().splitlines()[0]
-    assert re.fullmatch(r"# \S.{10,}", first)
-    assert "order" in settings_of(preset)
+    yaml = f"conf/method/{preset}.yaml"
+    assert re.fullmatch(r"# \S.{10,}", first), f"{yaml}: its first line must say in a comment what it is, for --help"
+    assert "order" in settings_of(preset), f"{yaml}: has no starting order; write `order: row`"

@@ -20,7 +20,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from permlab.config.build import build
-from permlab.config.schema import class_name, component_options
+from permlab.config.schema import PACKAGE, class_name, component_options, components, missing
 from permlab.data.spec import DataSpec
 from permlab.errors import ConfigError
 from permlab.model.base import Backbone
@@ -146,6 +146,14 @@ def test_items_features_and_logits_have_their_shapes(preset, kind):
     assert torch.equal(model(inputs), logits), "forward is read(embed(inputs))"
 
 
+def test_every_model_has_a_preset():
+    for path in sorted((PACKAGE / "model").glob("*.py")):
+        found = getattr(importlib.import_module(f"permlab.model.{path.stem}"), class_name(path.stem), None)
+        if isinstance(found, type) and issubclass(found, Backbone):
+            lacks = missing("model", path.stem)
+            assert path.stem in components("model"), f"no preset of {path.stem} is found: {lacks}"
+
+
 def test_every_model_has_a_small_preset():
     """Without one it would go unchecked without a word."""
     every, checked = ({settings_of(preset)["component"] for preset in presets} for presets in (PRESETS, SMALL))
@@ -267,7 +275,7 @@ def test_state_survives_a_safe_file(preset, kind, chosen):
 @each_case
 def test_the_same_seed_gives_the_same_weights(preset, kind):
     first, again, other = (make(preset, kind, seed=seed).state_dict() for seed in (0, 0, 1))
-    assert first.keys() == again.keys() == other.keys()
+    assert first.keys() == again.keys() == other.keys(), "the seed has a say in what parameters there are"
     assert all(torch.equal(first[name], again[name]) for name in first), (
         "weights are drawn from elsewhere than the seed"
     )

@@ -31,7 +31,15 @@ from permlab.config.build import component_class
 from permlab.config.check import plan_of
 from permlab.config.compose import resolve_train
 from permlab.config.plan import Plan
-from permlab.config.schema import class_name, component_names, component_options, components, constant
+from permlab.config.schema import (
+    PACKAGE,
+    class_name,
+    component_names,
+    component_options,
+    components,
+    constant,
+    missing,
+)
 from permlab.errors import ConfigError
 from permlab.option import Option, matches
 from permlab.record.rundir import is_done
@@ -110,6 +118,12 @@ def component_of(cls: type[Task]) -> str:
 # What is known before torch is imported
 
 
+def test_every_task_has_a_preset() -> None:
+    for path in sorted((PACKAGE / "task").glob("*/task.py")):
+        name = path.parent.name
+        assert name in components("task"), f"no preset of {name} is found: {missing('task', name)}"
+
+
 def wrong_value(option: Option) -> str:
     return next(str(value) for value in (-1, "no_such_value", 0.5) if not matches(value, option.type))
 
@@ -161,7 +175,8 @@ def test_problems_are_found_and_named_without_torch() -> None:
     assert (modules, result.stderr) == ("set()", "")
     assert len(asked) > len(TASKS)
     for (task, words, named), said in zip(asked, messages, strict=True):
-        assert [word for word in named if word not in said] == [], (task, words, said)
+        silent = [word for word in named if word not in said]
+        assert silent == [], f"task={task} {' '.join(words)}: nothing is said of {', '.join(silent)}, only: {said}"
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -169,27 +184,35 @@ def test_its_constants_are_literals_that_are_read_without_importing_it(task: str
     cls = task_class(task)
     component = component_of(cls)
     for name in ("takes", "permutes"):
-        assert constant("task", component, name) == getattr(cls, name)
-    assert set(cls.takes) <= {constant("data", data, "kind") for data in components("data")}
-    assert cls.permutes in ("items", "weights", "nothing")
+        literal = constant("task", component, name)
+        assert literal == getattr(cls, name), f"{cls.__name__}.{name} must be written as a literal in the class body"
+    kinds = {constant("data", data, "kind") for data in components("data")}
+    assert set(cls.takes) <= kinds, f"takes names {', '.join(set(cls.takes) - kinds)}, which is no data set's kind"
+    known = ("items", "weights", "nothing")
+    assert cls.permutes in known, f"permutes must be one of {', '.join(known)}, not {cls.permutes!r}"
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_its_learner_is_found_by_name(task: str) -> None:
     cls = task_class(task)
     learner = cls.learner()
-    assert cls.__name__ == class_name(component_of(cls))
-    assert learner.__name__ == f"{cls.__name__}Learner"
-    assert issubclass(learner, Learner)
-    assert learner.__module__ == cls.__module__.removesuffix("task") + "learner"
-    assert (learner.export is not Learner.export) == cls.exports
+    assert cls.__name__ == class_name(component_of(cls)), (
+        f"the folder is that of a class {class_name(component_of(cls))}"
+    )
+    home = cls.__module__.removesuffix("task") + "learner"
+    assert learner.__name__ == f"{cls.__name__}Learner", f"{home} must have the class {cls.__name__}Learner"
+    assert issubclass(learner, Learner), f"{learner.__name__} must derive from Learner of permlab.task.learner"
+    assert learner.__module__ == home, f"{learner.__name__} must be written in {home}"
+    has = learner.export is not Learner.export
+    assert has == cls.exports, f"exports is {cls.exports}, and {learner.__name__} has an export of its own: {has}"
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_options_are_attributes(task: str) -> None:
     plan = resolve_train([f"task={task}"])[0]
     for key in component_options("task", plan.config["task"]["component"]):
-        assert getattr(plan.task, key) == plan.config["task"][key], key
+        kept = getattr(plan.task, key, None) == plan.config["task"][key]
+        assert kept, f"the constructor must keep its option {key} as the attribute of that name"
 
 
 # A run and its companions
@@ -198,11 +221,13 @@ def test_options_are_attributes(task: str) -> None:
 def test_a_run_has_its_metric_and_what_its_rows_show(finished: Result) -> None:
     plan = plan_in(finished)
     metric: Metric = plan.task.metric
-    assert math.isfinite(finished.summary[metric.key])
-    assert math.isfinite(finished.summary[plan.task.monitor.validation_key])
+    for key in (metric.key, plan.task.monitor.validation_key):
+        value = finished.summary.get(key, math.nan)
+        assert math.isfinite(value), f"a run must end with {key}, a finite number: do make_scores() have that name?"
     shown = {row.key for row in plan.task.rows}
-    assert metric.key in shown
-    assert shown <= finished.summary.keys(), "a row shows what no run produces"
+    assert metric.key in shown, f"rows must show the task's metric, {metric.key}"
+    absent = shown - finished.summary.keys()
+    assert not absent, f"rows show {', '.join(absent)}, which no run produces"
     logged = {key for line in finished.metrics for key in line}
     for title, lines in plan.task.panels:
         if title.startswith(metric.name):
@@ -216,11 +241,12 @@ def test_runs_before_and_beside_are_runs_like_any_other(finished: Result) -> Non
         for name, companion in found.items():
             other = short_companion(plan, companion)
             assert plan_of(other.config).directory == other.directory
-            assert other.digest != plan.digest
-            assert is_done(other.directory), f"{when}: {name}"
+            assert other.digest != plan.digest, f"{when}: the companion {name} is the run itself"
+            assert is_done(other.directory), f"{when}: the companion {name} was not finished"
             if when == "beside":
                 summary = Result(0, "", "", other.directory).summary
-                assert finished.summary[f"{key}_{name}"] == summary[key]
+                joined = finished.summary[f"{key}_{name}"]
+                assert joined == summary[key], f"the summary's {key}_{name} must be the companion's {key}"
 
 
 def test_a_finished_run_is_found_and_nothing_is_written(finished: Result, folder: Path) -> None:
@@ -229,7 +255,7 @@ def test_a_finished_run_is_found_and_nothing_is_written(finished: Result, folder
     assert again.code == 0, again.err
     assert "finished" in again.out
     assert again.out.splitlines()[-1] == f"run: {finished.run_dir}"
-    assert times(folder) == before
+    assert times(folder) == before, "a finished run must be found, not written to again"
 
 
 def test_a_repeated_run_finds_its_companions_and_computes_the_same(finished: Result, folder: Path) -> None:
@@ -237,9 +263,11 @@ def test_a_repeated_run_finds_its_companions_and_computes_the_same(finished: Res
     again = train(folder, f"task={plan_in(finished).config['task']['name']}", *WORDS, "force=true", steps=STEPS)
     assert again.code == 0, again.err
     touched = {path for path, time in times(folder).items() if before.get(path) != time}
-    assert touched
-    assert {path for path in touched if finished.run_dir not in path.parents} == set()
-    assert outcome(again) == first
+    assert touched, "force=true must run it again"
+    others = {path for path in touched if finished.run_dir not in path.parents}
+    assert others == set(), "force=true must leave the companions as they are"
+    same = outcome(again) == first
+    assert same, f"the same run must compute the same numbers again: {outcome(again)} and {first}"
 
 
 def times(folder: Path) -> dict[Path, int]:
@@ -250,9 +278,13 @@ def times(folder: Path) -> dict[Path, int]:
 def test_its_evaluation_gives_the_same_numbers(finished: Result, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("eval", [f"run={finished.run_dir}"]) == 0
     printed = dict(re.findall(r"^(test/\S+)\s+(\S+)$", capsys.readouterr().out, flags=re.MULTILINE))
-    assert plan_in(finished).task.metric.key in printed
+    key = plan_in(finished).task.metric.key
+    assert key in printed, f"eval.py must print {key}"
     for name, value in printed.items():
-        assert float(value) == pytest.approx(finished.summary[name], abs=1e-6, rel=1e-6)
+        expected = pytest.approx(finished.summary[name], abs=1e-6, rel=1e-6)
+        assert float(value) == expected, (
+            f"eval.py must give the run's {name}: does best.ckpt hold all that predict() needs?"
+        )
 
 
 def test_it_has_a_report_and_rows_in_tables(finished: Result, tmp_path: Path) -> None:
@@ -299,7 +331,10 @@ def test_a_stopped_run_resumes_bit_for_bit(finished: Result, tmp_path: Path, mon
     monkeypatch.setattr(permlab.run.trainer, "_callbacks", build)
     resumed = train(tmp_path, *words, steps=STEPS)
     assert resumed.code == 0, resumed.err
-    assert outcome(resumed) == outcome(finished)
+    same = outcome(resumed) == outcome(finished)
+    assert same, (
+        "a run that was stopped must end like one that was not: is all that training_step() keeps in the state?"
+    )
     for name in ("last", "best"):
         ours, theirs = (
             torch.load(run.run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
@@ -359,5 +394,6 @@ def test_every_number_does_something_or_is_warned_of(
         ours, theirs = outcome(Result(0, "", "", plan.directory)), outcome(finished)
         if any(ours[name] != theirs[name] for name in ours.keys() & theirs.keys()):
             return
-    assert refusals, f"{word} does nothing, without a warning"
-    assert all(f"{word}=" in refusal and "needs" in refusal for refusal in refusals), refusals
+    assert refusals, f"{word} does nothing, without a warning: leave it out, or name it in idle(plan)"
+    silent = [refusal for refusal in refusals if f"{word}=" not in refusal or "needs" not in refusal]
+    assert not silent, f"a refusal must name {word} and what it needs: {silent}"

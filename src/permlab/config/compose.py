@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from permlab.config.check import checked
 from permlab.config.evaluation import check_evaluation
 from permlab.config.plan import Plan
-from permlab.config.schema import CONF, component_names, constant, is_component, verbatim_keys
+from permlab.config.schema import CONF, component_names, constant, is_component, missing, verbatim_keys
 from permlab.errors import ConfigError, nearest
 
 
@@ -175,7 +175,8 @@ def _check_override(override: Override) -> str | None:
     valid = component_names(key)
     if isinstance(value, str) and value in valid:
         return None
-    return f"{key}={value}: no such choice{nearest(value, valid)}"
+    reason = missing(key, value)
+    return f"{key}={value}: {reason}" if reason else f"{key}={value}: no such choice{nearest(value, valid)}"
 
 
 def _forced(override: Override, name: str) -> str:

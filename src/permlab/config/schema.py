@@ -261,11 +261,16 @@ def _file(group: str, component: str) -> Path:
 
 
 def _holds_class(group: str, component: str) -> bool:
+    return _flaw(group, component) is None
+
+
+def _flaw(group: str, component: str) -> str | None:
+    """Why the source of a component is not there or cannot be read; None where it can."""
     try:
         options_of(_file(group, component), class_name(component))
-    except (OSError, ValueError):
-        return False
-    return True
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def is_component(group: str, component: object) -> bool:
@@ -279,9 +284,29 @@ def check_component(group: str, component: object) -> None:
         ConfigError: naming the key.
     """
     if not is_component(group, component):
-        raise ConfigError(
-            f"{group}.component={component}: no such component{nearest(component, components(group))}"
-        )  # fmt: skip
+        reason = missing(group, component)
+        hint = f"; {reason}" if reason else nearest(component, components(group))
+        raise ConfigError(f"{group}.component={component}: no such component{hint}")
+
+
+def missing(group: str, component: object) -> str | None:
+    """What a new component lacks: its source, a class that can be read, its YAML; None where it has all, or nothing.
+
+    Example:
+        >>> missing("method", "sinkhorn"), missing("method", "no_such_method")
+        (None, None)
+    """
+    if group not in COMPONENT_GROUPS or not re.fullmatch(r"[a-z]\w*", str(component)) or is_component(group, component):
+        return None
+    name, values = str(component), CONF / group / f"{component}.yaml"
+    path, flaw = _file(group, name), _flaw(group, name)
+    if path.is_file():
+        return flaw.replace(f"{CONF.parent}/", "") if flaw else f"{_place(path)} has no {_place(values)}"
+    return f"{_place(values)} has no {_place(PACKAGE / group / name)}.py" if values.is_file() else None
+
+
+def _place(path: Path) -> str:
+    return str(path.relative_to(CONF.parent))
 
 
 def component_names(group: str) -> list[str]:
