@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from permlab.method.base import MAX_SCORE, Method
 from permlab.ops.assignment import assign
 from permlab.ops.sinkhorn import sinkhorn
-from permlab.option import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, SharesOne, Temperature
+from permlab.option import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Rate, SharesOne, Temperature
 from permlab.permutation import PermutationSample, Site, order_to_matrix
 
 
@@ -74,7 +74,7 @@ class Sinkhorn(Method):
         site: Site,
         *,
         temperature: Temperature,
-        lr: PositiveFloat,
+        lr: Rate,
         warmup_fraction: Fraction,
         freeze_fraction: Annotated[Fraction, SharesOne("warmup_fraction")],
         estimator: Literal["relaxed", "straight_through"],

@@ -67,6 +67,7 @@ class Llama(Backbone):
     """
 
     reads = ("image", "text")
+    blocks_of = "llama"
 
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "rope_theta": ("position", ["item", "none"]),

@@ -84,6 +84,7 @@ class QwenVl(Backbone):
     """
 
     reads = ("image", "text")
+    blocks_of = "qwen2_5_vl"
 
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "merge_size": ("kind", ["text"]),

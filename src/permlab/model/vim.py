@@ -52,6 +52,8 @@ class Vim(Backbone):
         torch.Size([3, 10])
     """
 
+    blocks_of = "vim"
+
     def __init__(
         self,
         spec: DataSpec,

@@ -58,6 +58,8 @@ class Vit(Backbone):
         torch.Size([3, 10])
     """
 
+    blocks_of = "vit"
+
     def __init__(
         self,
         spec: DataSpec,

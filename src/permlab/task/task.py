@@ -28,6 +28,8 @@ class Companion:
         change: values by dotted key.
         run: a run directory that stands for it; then nothing is composed or trained.
         label: what is announced when the run is found or trained; empty for nothing.
+        shorten: key by which its training gets shorter, where that of the run's own does not do it, or a setting
+            that leaves the run out.
     """
 
     words: tuple[str, ...] = ()
@@ -35,6 +37,7 @@ class Companion:
     change: Mapping[str, Any] = field(default_factory=dict)
     run: Path | None = None
     label: str = ""
+    shorten: str = ""
 
 
 class Task:
@@ -93,6 +96,10 @@ class Task:
 
     def complete(self, config: dict[str, Any]) -> None:
         """Fill in what follows from other keys."""
+
+    def learns(self, plan: Plan) -> bool:
+        """Whether there is anything to train, as far as the configuration tells."""
+        return True
 
     # Other runs
 
