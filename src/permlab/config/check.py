@@ -16,7 +16,6 @@ from permlab.config.effect import idle_settings
 from permlab.config.plan import Plan, make_plan
 from permlab.config.schema import (
     COMPONENT_GROUPS,
-    CONF,
     GROUPS,
     OWN_TRAINER_KEYS,
     check_component,
@@ -293,7 +292,7 @@ def _check_trainer(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _nearest_file(path: str) -> str:
-    """The files most like one that is missing: of its kind, in its folder and the two below, or those of a folder above."""
+    """The files most like one that is missing: of its kind, in its folder or near it."""
     suffix = Path(path).suffix
     folder = next((above for above in list(Path(path).parents)[:MAX_CLIMB] if above.is_dir()), None)
     if folder is None:

@@ -56,6 +56,7 @@ class Sort(ScoreMethod):
     """
 
     tuned_as: ClassVar[str] = "sort"
+    reads_items = ("scorer", ("linear", "mlp"))
 
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "width": ("scorer", ["vector", "linear"]),

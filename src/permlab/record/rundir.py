@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +39,23 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "SLURM_PROCI
 def is_rank_zero() -> bool:
     """Whether this process is the one that writes files, from the launchers' environment variables."""
     return all(os.environ.get(name, "0") in ("", "0") for name in _RANK_VARIABLES)
+
+
+def check_place(run_dir: Path) -> None:
+    """Refuse a run directory that cannot be made, or written to, by making and removing a folder where it would be.
+
+    Raises:
+        ConfigError: naming what is in the way.
+    """
+    place = run_dir
+    try:
+        place = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+        os.rmdir(tempfile.mkdtemp(prefix=".permlab-", dir=place))
+    except OSError as error:
+        raise ConfigError(
+            f"paths.runs={run_dir.parents[2]}: no folder can be made in {place} ({error.strerror}); "
+            "take one that can be written to, such as paths.runs=runs"
+        ) from error
 
 
 # Life of a run

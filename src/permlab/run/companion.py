@@ -2,6 +2,7 @@
 
 import copy
 import fcntl
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from permlab.config.check import plan_of
 from permlab.config.compose import resolve_train
 from permlab.config.plan import Plan
+from permlab.record.pulse import duration, say
 from permlab.record.rundir import is_done, is_rank_zero
 from permlab.task.task import Companion
 
@@ -52,12 +54,16 @@ def shared(directory: Path, label: str) -> Iterator[None]:
     """Of several runs that need this one, one trains it while the others wait.
 
     Args:
-        label: what is announced, with whether the run is found or trained; empty for nothing.
+        label: what is announced, with whether the run is found or trained, and then how long that took; empty for
+            nothing.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     with (directory.parent / f".{directory.name}.lock").open("w") as lock:
         if is_rank_zero():
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if label:
-                print(f"{label}: {'found' if is_done(directory) else 'trained once'}, {directory}", flush=True)
+        found, began = is_done(directory), time.monotonic()
+        if label:
+            say(f"{label}: {'found' if found else 'trained once'}, {directory}")
         yield
+        if label and not found:
+            say(f"{label}: trained in {duration(time.monotonic() - began)}")

@@ -53,6 +53,7 @@ class Task:
         exports: whether a trained model can be written in a form of its own, see `Learner.export`; a literal.
         metric: what runs are judged by.
         rows: what the report of a run and the tables over runs show.
+        effort: of a step, in steps of plain training of the same model, for forecasts; roughly, a literal.
         panels: curves of the figure `training`, in order: title, and metric by label of its line.
         compared_within: settings of the task that runs share if tables compare them.
     Args:
@@ -62,6 +63,7 @@ class Task:
     takes: ClassVar[tuple[str, ...]] = ("image",)
     permutes: ClassVar[str] = "items"
     exports: ClassVar[bool] = False
+    effort: ClassVar[float] = 1.0
     panels: ClassVar[tuple[tuple[str, Mapping[str, str]], ...]] = ()
     compared_within: ClassVar[tuple[str, ...]] = ()
     metric: Metric

@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Literal
 
 from permlab.config.plan import Plan
 from permlab.config.schema import component_names, component_options, constant, preset_component
-from permlab.errors import nearest
 from permlab.data.spec import DataSpec
+from permlab.errors import nearest
 from permlab.option import NonNegativeFloat, PositiveFloat, PositiveInt, Verbatim
 from permlab.record.stored import read_plan
 from permlab.task.metric import ACCURACY, PERPLEXITY, Metric, Row
@@ -61,6 +61,7 @@ class Prune(Task):
     takes: ClassVar[tuple[str, ...]] = ("image", "text")
     permutes: ClassVar[str] = "weights"
     exports: ClassVar[bool] = True
+    effort: ClassVar[float] = 4.0
     panels: ClassVar[tuple[tuple[str, Mapping[str, str]], ...]] = (
         ("accuracy", {"train (batch)": "train/accuracy", "validation": "val/accuracy"}),
         ("perplexity", {"validation": "val/perplexity"}),
