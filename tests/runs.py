@@ -15,6 +15,7 @@ import yaml
 from permlab.cli import main
 from permlab.config.check import plan_of
 from permlab.config.compose import resolve_train
+from permlab.record.rundir import reproducible
 
 SHORT = ("logger.mode=disabled", "data.batch_size=32")
 
@@ -33,6 +34,11 @@ class Result:
     @property
     def metrics(self) -> list[dict[str, float]]:
         return [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def log(self) -> list[dict[str, float]]:
+        """The metrics without what was measured: a run that is repeated or resumed has the same."""
+        return [reproducible(line) for line in self.metrics]
 
     @property
     def config(self) -> dict:

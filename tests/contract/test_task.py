@@ -26,6 +26,7 @@ import yaml
 from runs import SHORT, Result, StopAt, train
 
 import permlab.run.companion
+import permlab.run.outlook
 import permlab.run.story
 import permlab.run.trainer
 from permlab.cli import main
@@ -68,8 +69,7 @@ def short_companion(plan: Plan, companion: Companion) -> Plan:
 @pytest.fixture(scope="module", autouse=True)
 def _short_companions() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(permlab.run.companion, "resolve_train", functools.cache(resolve_train))  # by words, a tuple
-        for module in (permlab.run.companion, permlab.run.story):
+        for module in (permlab.run.companion, permlab.run.outlook, permlab.run.story):
             patch.setattr(module, "companion_plan", short_companion)
         patch.setattr(permlab.run.story, "draw_all", lambda run_dir: [])  # pictures take longer than such a training
         yield
@@ -105,7 +105,7 @@ def companions(plan: Plan) -> dict[str, dict[str, Companion]]:
 
 def outcome(result: Result) -> dict[str, Any]:
     """What a run computed, without what the machine took for it."""
-    return {key: value for key, value in result.summary.items() if not MEASURED.search(key)} | {"log": result.metrics}
+    return {key: value for key, value in result.summary.items() if not MEASURED.search(key)} | {"log": result.log}
 
 
 def task_class(task: str) -> type[Task]:

@@ -5,6 +5,7 @@ import fcntl
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,19 @@ from permlab.task.task import Companion
 
 def companion_plan(plan: Plan, companion: Companion) -> Plan:
     """Plan of another run: composed from words, joined with the keys it takes over, and changed."""
-    config = dict(copy.deepcopy(resolve_train(companion.words)[0].config)) if companion.words else {}
+    config = copy.deepcopy(_composed(companion.words)) if companion.words else {}
     for dotted in companion.take:
         if _has(plan.config, dotted):
             _put(config, dotted, copy.deepcopy(_get(plan.config, dotted)))
     for dotted, value in companion.change.items():
         _put(config, dotted, value)
     return plan_of(config)
+
+
+@cache
+def _composed(words: tuple[str, ...]) -> dict[str, Any]:
+    """Once for all that ask: the files of the configuration do not change under a run."""
+    return dict(resolve_train(words)[0].config)
 
 
 def companion_directory(plan: Plan, companion: Companion) -> Path:

@@ -3,6 +3,8 @@
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -66,24 +68,30 @@ class Outlook:
     """
 
     def __init__(self, plan: Plan) -> None:
+        self.plan = plan
         self._began = time.monotonic()
         self._key = "trainer.max_steps" if plan.config["trainer"]["max_steps"] > 0 else "trainer.max_epochs"
         self._on = f"on {plan.config['data']['name']} with {plan.config['model']['name']}"
-        self.trainings = list(_trainings(plan, Training(name_of(plan), plan, self._key)))
+
+    @cached_property
+    def trainings(self) -> list[Training]:
+        """In the order in which they are made."""
+        return list(_trainings(self.plan, Training(name_of(self.plan), self.plan, self._key)))
 
     def announce(self) -> str:
         """One line: how many trainings, on what, and which setting says how long each is."""
         count = sum(training.num_steps != 0 for training in self.trainings)
-        each = ", ".join(f"{training.name} ({self._length(training)})" for training in self.trainings)
-        return f"{count or 'no'} training{'' if count == 1 else 's'} {self._on}: {each}"
+        groups = groupby(self.trainings, self._length)
+        each = [f"{' and '.join(training.name for training in group)} ({length})" for length, group in groups]
+        return f"{count or 'no'} training{'' if count == 1 else 's'} {self._on}: {', '.join(each)}"
 
     def _length(self, training: Training) -> str:
         if training.num_steps == 0:
             return training.length
         if training.alone:
             return f"{training.length}, {training.shorten}; {self._key} does not shorten it"
-        by = f"; {training.shorten} leaves it out" if "=" in training.shorten else f", {training.shorten}"
-        return training.length + by
+        joint = "; left out by" if "=" in training.shorten else ","
+        return f"{training.length}{joint} {training.shorten}"
 
     def forecast(self, name: str, seconds_per_step: float, num_left: int) -> str:
         """One line: how long a training takes here, and how long all that are left; over an hour, what to change.
