@@ -1,7 +1,9 @@
 """A run from the command line to its files: controls, reuse, resuming, stopping."""
 
+import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import lightning as L
@@ -15,6 +17,7 @@ import permlab.run.evaluation
 import permlab.run.story
 import permlab.run.trainer
 from permlab.cli import main
+from permlab.config.compose import resolve_train
 from permlab.permutation import check_order
 
 STEPS = 48
@@ -53,6 +56,28 @@ def test_every_step_is_logged_once_with_the_permutation(finished: Result) -> Non
         assert all(math.isfinite(line[f"permutation/{name}"]) for line in finished.metrics)
     kendall = [line["permutation/kendall"] for line in finished.metrics]
     assert len(set(kendall[-frozen:])) == 1, "the order moved after it was frozen"
+
+
+def test_every_step_is_logged_with_its_rate_and_with_what_it_took(finished: Result) -> None:
+    """The rate is that of the step itself: it begins at a 25th of the peak and ends at a 250,000th (onecycle)."""
+    peaks = {"optim/lr": finished.config["optim"]["lr"], "optim/lr_permutation": finished.config["method"]["lr"]}
+    for key, peak in peaks.items():
+        rates = [line[key] for line in finished.metrics]
+        assert (rates[0], rates[-1]) == (pytest.approx(peak / 25), pytest.approx(peak / 250000))
+        assert max(rates) == pytest.approx(peak, rel=0.02)
+    assert [line["train/epoch"] for line in finished.metrics] == [step // 33 for step in range(STEPS)]
+    seconds = [line["time/seconds"] for line in finished.metrics]
+    assert seconds == sorted(seconds)
+    assert 0 < seconds[0] < seconds[-1] <= finished.summary["train/seconds"]
+    assert all(line["time/samples_per_second"] > 0 and line["memory/peak_mib"] > 50 for line in finished.metrics)
+
+
+def test_a_companion_says_how_it_is_made(finished: Result) -> None:
+    """Its command is not that of the run which made it on the way."""
+    for run_dir in (finished.run_dir.parent.parent / "digits-ssm_probe-fixed").iterdir():
+        program, script, *words = shlex.split(json.loads((run_dir / "provenance.json").read_text())["command"])
+        assert (program, script) == ("python", "train.py")
+        assert resolve_train(words)[0].directory == run_dir
 
 
 def test_the_confusion_matrix_has_the_test_split(finished: Result) -> None:

@@ -53,8 +53,8 @@ def check_place(run_dir: Path) -> None:
         os.rmdir(tempfile.mkdtemp(prefix=".permlab-", dir=place))
     except OSError as error:
         raise ConfigError(
-            f"paths.runs={run_dir.parents[2]}: no folder can be made in {place} ({error.strerror}); "
-            "take one that can be written to, such as paths.runs=runs"
+            f"paths.runs={run_dir.parents[2]}: no folder can be made in {place}: {error.strerror}; "
+            "make it writable or free space there, or take another, such as paths.runs=runs"
         ) from error
 
 
