@@ -10,7 +10,7 @@ import permlab.run.story
 from permlab.cli import main
 from permlab.config.compose import resolve_train
 from permlab.run.companion import companion_plan
-from permlab.run.outlook import Outlook, Training
+from permlab.run.outlook import Outlook, Training, announce_jobs
 
 LENGTH = "3,000 steps, trainer.max_steps"
 CONTROL = "3,000 steps; left out by task.control=false"
@@ -45,6 +45,12 @@ def outlook(*words: str, runs: Path = Path("nowhere")) -> Outlook:
 )
 def test_the_trainings_of_a_command_are_counted(words: list[str], line: str) -> None:
     assert outlook(*words).announce() == line
+
+
+def test_jobs_that_share_a_training_make_it_once() -> None:
+    """Two methods, two seeds: a control for each seed, and a refit for each job, whose orders nobody knows yet."""
+    jobs = [[f"method={method}", f"seed={seed}"] for method in ("sort_ste", "sinkhorn") for seed in (0, 1)]
+    assert announce_jobs([None, *(outlook(*job).plan for job in jobs)]) == "5 jobs, 10 trainings to make"
 
 
 def test_what_is_finished_is_not_counted(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ def test_a_run_reports_control_learned_and_refit(finished: Result) -> None:
     assert finished.code == 0, finished.err
     lines = finished.out.splitlines()
     assert lines[-1] == f"run: {finished.run_dir}"
+    lines = lines[next(number for number, line in enumerate(lines) if line.startswith("test accuracy")) :]
     for label, key in (("control", "_control"), ("co-trained", ""), ("refit", "_refit")):
         (line,) = [line for line in lines if label in line and "%" not in line]
         assert f"{100 * finished.summary[f'test/accuracy{key}']:.1f}" in line

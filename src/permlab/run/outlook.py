@@ -1,7 +1,7 @@
 """What a command is going to train, and how long that takes here: said before anything slow. Nothing imports torch."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -31,12 +31,14 @@ class Training:
         plan: of its run; the order of one that reads in a learned order is not known yet.
         shorten: setting that makes it shorter, or leaves it out.
         alone: whether the schedule is not that of the run that was asked for.
+        follows: whether it reads in an order that is not known yet, so that no other job shares it.
     """
 
     name: str
     plan: Plan
     shorten: str
     alone: bool = False
+    follows: bool = False
 
     @property
     def num_steps(self) -> int | None:
@@ -83,7 +85,7 @@ class Outlook:
         count = sum(training.num_steps != 0 for training in self.trainings)
         groups = groupby(self.trainings, self._length)
         each = [f"{' and '.join(training.name for training in group)} ({length})" for length, group in groups]
-        return f"{count or 'no'} training{'' if count == 1 else 's'} {self._on}: {', '.join(each)}"
+        return f"{_count(count, 'training')} {self._on}: {', '.join(each)}"
 
     def _length(self, training: Training) -> str:
         if training.num_steps == 0:
@@ -117,6 +119,25 @@ class Outlook:
         return f"{line}; to shorten that, change {', '.join(keys) or self._key}, or take a smaller model"
 
 
+def announce_jobs(plans: Iterable[Plan | None]) -> str:
+    """One line: how many trainings so many jobs make together, each of those that several share counted once.
+
+    Args:
+        plans: of the jobs; None for one that is refused.
+    """
+    made: set[object] = set()
+    plans = list(plans)
+    for index, plan in enumerate(plans):
+        for training in Outlook(plan).trainings if plan is not None else []:
+            if training.num_steps != 0:
+                made.add((index, training.name) if training.follows else training.plan.directory)
+    return f"{_count(len(plans), 'job')}, {_count(len(made), 'training')} to make"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def name_of(plan: Plan) -> str:
     """What a training is called that is not another one's companion."""
     return plan.config["task"]["name"]
@@ -130,15 +151,18 @@ def _trainings(plan: Plan, this: Training) -> Iterator[Training]:
         if companion.run is None:
             yield from _of_companion(plan, key, companion, this)
     yield this
+    known = plan.task.beside(plan, {})
     for key, companion in plan.task.beside(plan, _arrays(plan)).items():
-        yield from _of_companion(plan, key, companion, this)
+        yield from _of_companion(plan, key, companion, this, follows=key not in known)
 
 
-def _of_companion(plan: Plan, key: str, companion: Companion, this: Training) -> Iterator[Training]:
+def _of_companion(
+    plan: Plan, key: str, companion: Companion, this: Training, *, follows: bool = False
+) -> Iterator[Training]:
     other = companion_plan(plan, companion)
     alone = not {"trainer", "trainer.max_steps"} & set(companion.take)
     name = companion.label or key
-    yield from _trainings(other, Training(name, other, companion.shorten or this.shorten, alone))
+    yield from _trainings(other, Training(name, other, companion.shorten or this.shorten, alone, follows))
 
 
 def _arrays(plan: Plan) -> Mapping[str, Any]:

@@ -173,7 +173,8 @@ def _fit_and_finish(plan: Plan, parts: Assembly, before: Mapping[str, Path], dis
     if is_rank_zero():
         _write(run_dir, result)
         write_json(run_dir / "summary.json", summary)  # last: a run that has it is not trained again
-        logger.mirror_results(summary, draw_all(run_dir))
+        with Pulse("figures"):
+            logger.mirror_results(summary, draw_all(run_dir))
     logger.finalize("success")
     return summary
 
