@@ -51,22 +51,21 @@ def train(plan: Plan) -> Summary:
         NonFiniteError, WriteError, RankError, Interrupted: after the last good state was kept.
     """
     with stop_on_signals():
-        summary = run_once(plan, Outlook(plan), name_of(plan), announce=True)
+        summary = run_once(plan, announce=True)
     if is_rank_zero():
         print_report(plan, summary)
     return summary
 
 
-def run_once(plan: Plan, outlook: Outlook, name: str, *, announce: bool = False) -> Summary:
+def run_once(plan: Plan, outlook: Outlook | None = None, name: str = "", *, announce: bool = False) -> Summary:
     """One run, from whatever its directory already holds to a `DONE` with a summary.
 
     Args:
-        outlook: on all trainings of the command.
-        name: of this one among them.
+        outlook: on all trainings of the command, of which this one has the name; None where it is the first.
         announce: whether this is the run that was asked for; another that works on it is then an
             error, while one that others share (a companion) is waited for.
     """
-    run_dir = plan.directory
+    run_dir, outlook, name = plan.directory, outlook or Outlook(plan), name or name_of(plan)
     if _is_over(plan) and not _has_group():
         return read_summary(run_dir)
     lightning.quiet_lightning()
