@@ -331,7 +331,7 @@ def others(value: Any) -> list[Any]:
     if value is None:
         return [2, 0.5]
     if isinstance(value, int):
-        return [value // 2, 2 * value, value + 1]
+        return [value // 2, 2 * value, value + 1, 1]
     return [value + 0.5, value / 2]
 
 

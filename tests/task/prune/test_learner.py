@@ -18,6 +18,7 @@ import permlab.run.story
 import permlab.run.trainer
 import permlab.task.prune.learner
 from permlab.cli import main
+from permlab.config.check import plan_of
 from permlab.errors import ConfigError
 from permlab.ops.nm import nm_mask
 from permlab.permutation import PermutationSample, invert, order_to_matrix
@@ -347,10 +348,12 @@ def test_groups_of_the_sites() -> None:
     assert "mixer.dt_proj" in sites_of("model=vim_nano", "task.n=1", "task.m=2", *ONE)
 
 
-def test_a_model_without_known_blocks_is_refused() -> None:
-    config = configure([*SHORT, *PRUNE, "model=ssm_probe"])
-    with pytest.raises(ConfigError, match="task=prune: SsmProbe has no block of a known family"):
-        assemble(config)
+def test_a_model_without_known_blocks_is_refused_before_and_after_it_is_built() -> None:
+    with pytest.raises(ConfigError, match="model=ssm_probe: has no linear layers that task=prune knows"):
+        configure([*SHORT, *PRUNE, "model=ssm_probe"])
+    model = assemble(configure([*SHORT, "model=ssm_probe"])).model
+    with pytest.raises(ValueError, match="SsmProbe has no block of a known family"):
+        fitting_sites(model, plan_of(configure(words_of())).task)
 
 
 def test_starting_orders() -> None:
