@@ -8,7 +8,7 @@ WORKERS ?= auto
 # Compiled modules are kept whatever the shell says: without them every process compiles all libraries anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup train test test-all check audit options sweep study-prune bench bench-outer bench-prune soak lock clean
+.PHONY: help setup train prune test test-all check audit options sweep study-prune bench bench-outer bench-prune soak lock clean
 
 help:  ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ $(STAMP): requirements.lock pyproject.toml
 
 train: $(STAMP)  ## learn a patch order on handwritten digits, with its controls (ARGS="model=vim_nano" for others)
 	@$(BIN)/python train.py $(ARGS)
+
+prune: $(STAMP)  ## prune a small ViT to 2:4 in a learned channel order, in about 2 minutes (ARGS="method=hybrid" for others)
+	@$(BIN)/python train.py task=prune $(ARGS)
 
 test: $(STAMP)  ## run the tests (ARGS="tests/ops -k sinkhorn" for some)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -28,7 +28,7 @@ import torch
 from permlab.cli import main as command_line
 from permlab.config.schema import CONF
 from permlab.record.checkpoint import newest_state
-from permlab.record.rundir import is_done, read_metrics, read_summary
+from permlab.record.rundir import is_done, read_metrics, read_summary, reproducible
 from permlab.study.jobs import _job
 
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
@@ -184,7 +184,8 @@ def compare(whole: Path, other: Path) -> list[str]:
 
 def differences(ours: Path, theirs: Path) -> list[str]:
     found = []
-    if (ours / "metrics.jsonl").read_bytes() != (theirs / "metrics.jsonl").read_bytes():
+    lines = [[reproducible(record) for record in read_metrics(run_dir)] for run_dir in (ours, theirs)]
+    if lines[0] != lines[1]:
         found.append("metrics.jsonl")
     summaries = [read_summary(run_dir) for run_dir in (ours, theirs)]
     for key in summaries[0].keys() | summaries[1].keys():

@@ -17,6 +17,7 @@ from permlab.cli import main
 from permlab.config.check import plan_of
 from permlab.config.compose import resolve_train
 from permlab.config.plan import Plan
+from permlab.record.rundir import reproducible
 from permlab.task.task import Companion
 
 # Drawing takes four times as long as these runs: a test that looks at the pictures asks for them.
@@ -41,6 +42,11 @@ class Result:
     @property
     def metrics(self) -> list[dict[str, float]]:
         return [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def log(self) -> list[dict[str, float]]:
+        """The metrics without what was measured: a run that is repeated or resumed has the same."""
+        return [reproducible(line) for line in self.metrics]
 
     @property
     def config(self) -> dict:

@@ -27,7 +27,6 @@ from scale import part
 
 import permlab.cli
 import permlab.config
-import permlab.config.check
 import permlab.config.compose
 import permlab.config.schema
 import permlab.run.evaluation
@@ -417,7 +416,7 @@ LINES = [
 def test_yaml_files(no_training: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     conf = tmp_path / "conf"
     shutil.copytree(CONF, conf)
-    for module in (permlab.cli, permlab.config.compose, permlab.config.check, permlab.config.schema):
+    for module in (permlab.cli, permlab.config.compose, permlab.config.schema):
         monkeypatch.setattr(module, "CONF", conf)
     names = ["train.yaml", "task/classify.yaml", "method/sinkhorn.yaml", "model/ssm_probe.yaml", "data/digits.yaml"]
     names += ["optim/adamw.yaml", "trainer/cpu.yaml", "logger/wandb.yaml", "eval.yaml", "method/sinkhorn_ste.yaml"]

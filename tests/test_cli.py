@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from runs import configure
 
 from permlab.cli import help_text, main, split_arguments
@@ -37,6 +38,9 @@ def problems_of(*overrides: str) -> list[str]:
         ("optim.lr=abc", ["optim.lr=abc", "number"]),
         ("optim.lr=-1", ["optim.lr=-1", "> 0"]),
         ("optim.lr=nan", ["optim.lr=nan", "> 0"]),
+        ("optim.lr=1e99", ["optim.lr=1e+99", "<= 1000"]),
+        ("method.lr=1e99", ["method.lr=1e+99", "<= 1000"]),
+        ("optim.weight_decay=1e99", ["optim.weight_decay=1e+99", "<= 1000"]),
         ("optim.schedule=cosin", ["optim.schedule=cosin", "cosine"]),
         ("data.batch_size=0", ["data.batch_size=0", "> 0"]),
         ("data.batch_size=1.5", ["data.batch_size=1.5", "integer"]),
@@ -62,6 +66,44 @@ def test_bad_input_is_named_with_key_value_and_remedy(override: str, named: list
     (problem,) = problems_of(override)
     for part in named:
         assert part in problem
+
+
+@pytest.mark.parametrize(
+    ("missing", "near"),
+    [
+        ("a/checkpoints/lasst.ckpt", "nearest valid choices: {0}/a/checkpoints/last.ckpt, {0}/a/checkpoints/best.ckpt"),
+        ("a/last.ckpt", "nearest valid choices: {0}/a/checkpoints/last.ckpt, {0}/a/checkpoints/best.ckpt"),
+        ("a/checkpoints/orders.npz", "there is no .npz in or below {0}/a/checkpoints"),
+        ("a/order.npz", "nearest valid choice: {0}/a/arrays/order.npz"),
+        ("b/c/d/last.ckpt", "nor is there its folder"),
+    ],
+)
+def test_a_missing_file_is_answered_with_near_ones_of_its_kind(missing: str, near: str, tmp_path: Path) -> None:
+    for name in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "arrays/order.npz", "config.yaml", "metrics.jsonl"):
+        (tmp_path / "a" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "a" / name).touch()
+    key = "ckpt_path" if missing.endswith(".ckpt") else "method.order"
+    (problem,) = problems_of(f"{key}={tmp_path / missing}")
+    assert problem == f"{key}={tmp_path / missing}: no such file; {near.format(tmp_path)}"
+
+
+def test_a_model_without_layers_that_the_task_knows_is_refused_before_torch() -> None:
+    (problem,) = problems_of("task=prune", "model=ssm_probe")
+    assert problem.startswith("model=ssm_probe: has no linear layers that task=prune knows how to prune; ")
+    assert "vit_nano" in problem
+    assert "ssm_probe" not in problem.partition(";")[2]
+
+
+def test_steps_of_a_training_that_is_not_made_name_no_run(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best.ckpt").touch()
+    dense = resolve_train(["task=classify", "method=fixed", "model=vit_nano"])[0]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(dict(dense.config)))
+    given, other = (
+        resolve_train(["task=prune", f"task.dense={tmp_path}", f"task.dense_steps={steps}"])[0] for steps in (5, "null")
+    )
+    assert given.config["task"]["dense_steps"] is None
+    assert given.digest == other.digest
 
 
 def test_rules_over_several_keys() -> None:

@@ -18,7 +18,8 @@ from permlab.config.plan import Plan
 from permlab.config.schema import CONF, component_names
 from permlab.config.secret import redact
 from permlab.errors import ConfigError, Interrupted, RunError, nearest
-from permlab.record.rundir import is_done, read_summary
+from permlab.record.rundir import check_place, is_done, is_rank_zero, read_summary
+from permlab.run.outlook import Outlook, announce_jobs
 
 HYDRA_FLAGS = ("--hydra-help", "--version", "--info", "-i", "--shell-completion", "-sc")
 OWN_FLAGS = ("--help", "-h", "--cfg", "-c", "--resolve", "--package", "-p", "--multirun", "-m")
@@ -100,6 +101,8 @@ def _multirun(name: str, words: Sequence[str]) -> int:
 
     jobs = expand(words)
     plans = resolve_jobs(name, jobs)
+    if name == "train":
+        print(announce_jobs(plans), flush=True)
     codes = run_jobs(main, name, jobs, plans)
     if name == "train" and len(codes) == len(jobs):
         from permlab.study.table import job_table
@@ -115,6 +118,9 @@ def _train(plan: Plan) -> int:
         print("this run is finished; force=true repeats it")
         print_report(plan, read_summary(plan.directory))
         return 0
+    check_place(plan.directory)
+    if is_rank_zero():
+        print(Outlook(plan).announce(), flush=True)
     from permlab.run.story import train
 
     train(plan)

@@ -26,6 +26,10 @@ class NonFiniteError(RunError):
     """A number became NaN or infinite: in the loss, a gradient, a weight, a score or a relaxation."""
 
 
+class StepError(RunError):
+    """The optimiser could not make a step."""
+
+
 class LockedError(RunError):
     """Another process is at work in the run directory."""
 

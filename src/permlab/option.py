@@ -42,6 +42,8 @@ PositiveInt = Annotated[int, Range(gt=0)]
 NonNegativeInt = Annotated[int, Range(ge=0)]
 PositiveFloat = Annotated[float, Range(gt=0)]
 NonNegativeFloat = Annotated[float, Range(ge=0)]
+# A learning rate; above a thousand the optimiser's own arithmetic overflows before anything is learned.
+Rate = Annotated[float, Range(gt=0, le=1000)]
 Fraction = Annotated[float, Range(ge=0, le=1)]
 Dropout = Annotated[float, Range(ge=0, lt=1)]
 

@@ -271,6 +271,16 @@ def test_items_may_be_left_out_unless_they_are_needed(preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+def test_whether_items_are_needed_is_known_from_the_options(preset):
+    """A run tells how many trainings it makes before torch is imported; without one order there is one less."""
+    option, values = type(make(preset, 6)).reads_items or ("", ())
+    type_ = component_options("method", settings_of(preset)["component"])[option].type if option else None
+    for value in choices(type_) if option else [None]:
+        method = make(preset, 6, **({option: value} if option else {}))
+        assert method.needs_items == (value in values)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_statistics_are_finite_and_in_range(preset):
     method = disturb(make(preset, 6), 1.0)
     for number in range(4):

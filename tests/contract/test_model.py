@@ -25,6 +25,7 @@ from permlab.data.spec import DataSpec
 from permlab.errors import ConfigError
 from permlab.model.base import Backbone
 from permlab.option import choices, matches
+from permlab.sparsity.block import find_blocks
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 PRESETS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
@@ -380,3 +381,15 @@ def test_yaml_has_a_help_line_and_a_learning_rate(preset):
     first = (CONF / "model" / f"{preset}.yaml").read_text().splitlines()[0]
     assert re.fullmatch(r"# \S.{10,}", first), "the first line of the YAML says in a comment what the preset is"
     assert "lr" in settings_of(preset), "a preset recommends a peak learning rate, lr"
+
+
+@pytest.mark.parametrize("preset", SMALL)
+def test_the_family_that_a_model_names_is_that_of_its_blocks(preset):
+    """What is said before torch is imported is what is found in the model."""
+    model = make(preset, model_class(preset).reads[0])
+    if model.blocks_of is None:
+        with pytest.raises(ValueError, match="no block of"):
+            find_blocks(model)
+        return
+    family = importlib.import_module(f"permlab.sparsity.family.{model.blocks_of}").FAMILY
+    assert family.needs in {block.family.needs for block in find_blocks(model)}

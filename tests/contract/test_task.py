@@ -24,6 +24,7 @@ import yaml
 from runs import SHORT, Result, StopAt, cut_companions, train
 
 import permlab.run.companion
+import permlab.run.outlook
 import permlab.run.story
 import permlab.run.trainer
 from permlab.cli import main
@@ -65,8 +66,7 @@ short_companion = cut_companions(permlab.run.companion.companion_plan, QUICK)
 @pytest.fixture(scope="module", autouse=True)
 def _short_companions() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(permlab.run.companion, "resolve_train", functools.cache(resolve_train))  # by words, a tuple
-        for module in (permlab.run.companion, permlab.run.story):
+        for module in (permlab.run.companion, permlab.run.outlook, permlab.run.story):
             patch.setattr(module, "companion_plan", short_companion)
         patch.setattr(permlab.run.story, "draw_all", lambda run_dir: [])  # pictures take longer than such a training
         yield
@@ -102,7 +102,7 @@ def companions(plan: Plan) -> dict[str, dict[str, Companion]]:
 
 def outcome(result: Result) -> dict[str, Any]:
     """What a run computed, without what the machine took for it."""
-    return {key: value for key, value in result.summary.items() if not MEASURED.search(key)} | {"log": result.metrics}
+    return {key: value for key, value in result.summary.items() if not MEASURED.search(key)} | {"log": result.log}
 
 
 def task_class(task: str) -> type[Task]:
@@ -355,7 +355,7 @@ def others(value: Any) -> list[Any]:
     if value is None:
         return [2, 0.5]
     if isinstance(value, int):
-        return [value // 2, 2 * value, value + 1]
+        return [value // 2, 2 * value, value + 1, 1]
     return [value + 0.5, value / 2]
 
 

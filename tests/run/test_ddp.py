@@ -12,7 +12,7 @@ from ranks import fork, launch
 from permlab.cli import main
 from permlab.config.schema import CONF
 from permlab.record.checkpoint import newest_state
-from permlab.record.rundir import read_metrics
+from permlab.record.rundir import read_metrics, reproducible
 from soak import compare
 
 # Run by both ranks: the real command line, with a callback that compares the ranks after every batch.
@@ -79,7 +79,7 @@ def test_metrics_are_those_of_one_process_with_the_same_global_batch(
     assert main("train", [*WORDS, "data.batch_size=64", "task.control=false", f"paths.runs={tmp_path}"]) == 0
     (one,) = tmp_path.rglob("DONE")
     two = next(path.parent for path in (folder / "runs").rglob("DONE") if "reorder" in str(path))
-    ours, theirs = read_metrics(one.parent), read_metrics(two)
+    ours, theirs = ([reproducible(row) for row in read_metrics(run_dir)] for run_dir in (one.parent, two))
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
     for row, other in zip(ours, theirs, strict=True):
         assert row == pytest.approx(other, rel=1e-5, abs=1e-5)

@@ -23,7 +23,7 @@ def test_a_difference_is_found(tmp_path: Path) -> None:
     for name, loss in (("a", 1), ("b", 2)):
         run_dir = tmp_path / name / "run"
         (run_dir / "checkpoints").mkdir(parents=True)
-        (run_dir / "metrics.jsonl").write_text(f'{{"step": 1, "loss": {loss}}}\n')
+        (run_dir / "metrics.jsonl").write_text(f'{{"step": 1, "loss": {loss}, "time/seconds": {loss}}}\n')
         (run_dir / "summary.json").write_text(f'{{"test/loss": {loss}, "train/seconds": {loss}}}')
         (run_dir / "DONE").touch()
     assert soak.compare(tmp_path / "a", tmp_path / "a") == []

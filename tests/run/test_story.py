@@ -1,7 +1,9 @@
 """A run from the command line to its files: controls, reuse, resuming, stopping."""
 
+import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import lightning as L
@@ -15,6 +17,7 @@ import permlab.run.evaluation
 import permlab.run.story
 import permlab.run.trainer
 from permlab.cli import main
+from permlab.config.compose import resolve_train
 from permlab.permutation import check_order
 
 STEPS = 48
@@ -29,6 +32,7 @@ def test_a_run_reports_control_learned_and_refit(finished: Result) -> None:
     assert finished.code == 0, finished.err
     lines = finished.out.splitlines()
     assert lines[-1] == f"run: {finished.run_dir}"
+    lines = lines[next(number for number, line in enumerate(lines) if line.startswith("test accuracy")) :]
     for label, key in (("control", "_control"), ("co-trained", ""), ("refit", "_refit")):
         (line,) = [line for line in lines if label in line and "%" not in line]
         assert f"{100 * finished.summary[f'test/accuracy{key}']:.1f}" in line
@@ -53,6 +57,28 @@ def test_every_step_is_logged_once_with_the_permutation(finished: Result) -> Non
         assert all(math.isfinite(line[f"permutation/{name}"]) for line in finished.metrics)
     kendall = [line["permutation/kendall"] for line in finished.metrics]
     assert len(set(kendall[-frozen:])) == 1, "the order moved after it was frozen"
+
+
+def test_every_step_is_logged_with_its_rate_and_with_what_it_took(finished: Result) -> None:
+    """The rate is that of the step itself: it begins at a 25th of the peak and ends at a 250,000th (onecycle)."""
+    peaks = {"optim/lr": finished.config["optim"]["lr"], "optim/lr_permutation": finished.config["method"]["lr"]}
+    for key, peak in peaks.items():
+        rates = [line[key] for line in finished.metrics]
+        assert (rates[0], rates[-1]) == (pytest.approx(peak / 25), pytest.approx(peak / 250000))
+        assert max(rates) == pytest.approx(peak, rel=0.02)
+    assert [line["train/epoch"] for line in finished.metrics] == [step // 33 for step in range(STEPS)]
+    seconds = [line["time/seconds"] for line in finished.metrics]
+    assert seconds == sorted(seconds)
+    assert 0 < seconds[0] < seconds[-1] <= finished.summary["train/seconds"]
+    assert all(line["time/samples_per_second"] > 0 and line["memory/peak_mib"] > 50 for line in finished.metrics)
+
+
+def test_a_companion_says_how_it_is_made(finished: Result) -> None:
+    """Its command is not that of the run which made it on the way."""
+    for run_dir in (finished.run_dir.parent.parent / "digits-ssm_probe-fixed").iterdir():
+        program, script, *words = shlex.split(json.loads((run_dir / "provenance.json").read_text())["command"])
+        assert (program, script) == ("python", "train.py")
+        assert resolve_train(words)[0].directory == run_dir
 
 
 def test_the_confusion_matrix_has_the_test_split(finished: Result) -> None:
@@ -162,7 +188,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
     monkeypatch.setattr(permlab.run.trainer, "_callbacks", build)
     resumed = train(tmp_path / "stopped", *options, steps=steps)
     assert resumed.code == 0, resumed.err
-    assert resumed.metrics == whole.metrics
+    assert resumed.log == whole.log
     for name in ("last", "best"):
         ours, theirs = (
             torch.load(run.run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
@@ -188,7 +214,13 @@ def test_a_checkpoint_of_another_model_is_refused(finished: Result, tmp_path: Pa
 
 def test_a_diverging_run_stops_and_names_the_culprit(tmp_path: Path) -> None:
     result = train(
-        tmp_path, "optim.lr=1e30", "task.control=false", "model=vit_nano", "optim.schedule=constant", steps=40
+        tmp_path,
+        "optim.lr=1000",
+        "optim.weight_decay=1000",
+        "task.control=false",
+        "model=vit_nano",
+        "optim.schedule=constant",
+        steps=40,
     )
     assert result.code == 1
     assert re.match(r"error: step \d+: ", result.err)

@@ -243,3 +243,20 @@ def test_a_late_look_still_names_the_step(
     assert result.code == 1
     assert "step 3:" in result.err
     assert not (result.run_dir / "DONE").exists()
+
+
+def test_a_step_that_the_optimiser_cannot_make_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate that overflows its arithmetic; the configuration has none such, so it is set behind its back."""
+
+    class Raise(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
+            trainer.optimizers[0].param_groups[0]["lr"] = 1e99
+
+    build = permlab.run.trainer._callbacks
+    monkeypatch.setattr(permlab.run.trainer, "_callbacks", lambda *parts: [*build(*parts), Raise()])
+    result = train(tmp_path, *SHORT)
+    assert result.code == 1
+    (line,) = result.err.splitlines()
+    assert line.startswith("error: step 0: the optimiser cannot make it (RuntimeError: ")
+    assert "lower optim.lr" in line
+    assert (result.run_dir / "FAILED").read_text().startswith("StepError: ")

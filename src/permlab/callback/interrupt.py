@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 
 from permlab.errors import Interrupted
+from permlab.record.pulse import say
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -17,7 +18,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Stop:
     """What has been asked for, and whether to obey at once.
 
-    Between steps of training a signal is noted, and obeyed where the state can be saved; anywhere
+    Between steps of training a signal is noted, which is said, and obeyed where the state can be saved; anywhere
     else it raises `Interrupted` on the spot, as all that it costs is made again. A second SIGINT
     does so everywhere.
 
@@ -35,6 +36,7 @@ class Stop:
         self.received = number
         if again or not self.deferred:
             raise Interrupted(number)
+        say("stopping after this step" + (", Ctrl-C once more stops at once" if number == signal.SIGINT else ""))
 
     def check(self) -> None:
         """Obey a signal that was noted."""

@@ -5,6 +5,9 @@ involves several groups over the task. The keys are in `permlab.config.schema`.
 """
 
 import copy
+import difflib
+import glob
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,6 @@ from permlab.config.effect import idle_settings
 from permlab.config.plan import Plan, make_plan
 from permlab.config.schema import (
     COMPONENT_GROUPS,
-    CONF,
     GROUPS,
     OWN_TRAINER_KEYS,
     check_component,
@@ -22,6 +24,7 @@ from permlab.config.schema import (
     components,
     constant,
     is_component,
+    preset_component,
     schema,
 )
 from permlab.config.secret import leaks
@@ -32,6 +35,8 @@ from permlab.option import REQUIRED, ItemSide, OrderForm, Rule, TemperatureForm,
 
 # Parts of the root that are no choice of a file.
 SECTIONS = ("paths", "checkpoint")
+# Folders above a missing file that are looked into for another, and files that are compared with it.
+MAX_CLIMB, MAX_NEAR = 3, 1000
 # By which `hydra.utils.instantiate`, which is not used here, would be told what to call.
 INSTANTIATE_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 
@@ -170,7 +175,7 @@ def _check_across(plan: Plan) -> list[str]:
     problems = _check_kinds(plan)
     num_items = None
     try:
-        num_items = _num_items(plan)
+        num_items = count_items(plan)
     except ValueError as error:
         problems.append(f"model.patch_size={config['model']['patch_size']}: {error}")
     if plan.task.permutes == "weights":
@@ -198,16 +203,10 @@ def _check_kinds(plan: Plan) -> list[str]:
 
 
 def _kind_of(data: str) -> str:
-    import yaml
-
-    settings = yaml.safe_load((CONF / "data" / f"{data}.yaml").read_text())
-    parents = [parent for parent in settings.get("defaults", []) if parent != "_self_"]
-    if "component" not in settings and parents:
-        return _kind_of(parents[0])
-    return constant("data", settings.get("component", data), "kind") or "image"
+    return constant("data", preset_component("data", data), "kind") or "image"
 
 
-def _num_items(plan: Plan) -> int:
+def count_items(plan: Plan) -> int:
     """Items of a sample: the entries of a sequence, or the patches of an image, by the options that are their sides.
 
     Raises:
@@ -293,6 +292,15 @@ def _check_trainer(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _nearest_file(path: str) -> str:
-    folder = Path(path).parent
-    names = [str(file) for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
-    return nearest(path, names) if names else ""
+    """The files most like one that is missing: of its kind, in its folder or near it."""
+    suffix = Path(path).suffix
+    folder = next((above for above in list(Path(path).parents)[:MAX_CLIMB] if above.is_dir()), None)
+    if folder is None:
+        return "; nor is there its folder"
+    depths = ("", "*/", "*/*/") if folder != Path(folder.anchor) else ("",)
+    found = (file for depth in depths for file in folder.glob(f"{depth}[!.]*{glob.escape(suffix)}"))
+    names = [str(file) for file in itertools.islice(found, MAX_NEAR) if file.is_file()]
+    near = difflib.get_close_matches(path, names, n=3, cutoff=0.0)
+    if not near:
+        return f"; there is no {suffix or 'file'} in or below {folder}"
+    return f"; nearest valid choice{'s' if len(near) > 1 else ''}: {', '.join(near)}"

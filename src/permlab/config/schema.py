@@ -24,6 +24,7 @@ from permlab.option import (
     PositiveFloat,
     PositiveInt,
     Range,
+    Rate,
     TakenAsWritten,
     Verbatim,
     class_constant,
@@ -65,7 +66,7 @@ class ComponentKeys:
 
 @dataclass
 class ModelKeys(ComponentKeys):
-    lr: PositiveFloat  # recommended peak of the preset, which optim.lr refers to
+    lr: Rate  # recommended peak of the preset, which optim.lr refers to
 
 
 @dataclass
@@ -82,8 +83,8 @@ class DataKeys(ComponentKeys):
 @dataclass
 class OptimKeys:
     name: str
-    lr: PositiveFloat
-    weight_decay: NonNegativeFloat
+    lr: Rate
+    weight_decay: Annotated[float, Range(ge=0, le=1000)]
     beta1: Annotated[float, Range(ge=0, lt=1)]
     beta2: Annotated[float, Range(ge=0, lt=1)]
     schedule: Literal["onecycle", "cosine", "linear", "constant"]
@@ -253,6 +254,17 @@ def components(group: str) -> tuple[str, ...]:
         found = re.search(r"^component: *(\w+)", path.read_text(errors="replace"), re.MULTILINE)
         named.add(found[1] if found else path.stem)
     return tuple(sorted(name for name in named if _holds_class(group, name)))
+
+
+def preset_component(group: str, preset: str) -> str:
+    """Component of a choice of a group, its own or that of the preset which it builds on."""
+    import yaml
+
+    settings = yaml.safe_load((CONF / group / f"{preset}.yaml").read_text())
+    parents = [parent for parent in settings.get("defaults", []) if parent != "_self_"]
+    if "component" not in settings and parents:
+        return preset_component(group, parents[0])
+    return settings.get("component", preset)
 
 
 def _file(group: str, component: str) -> Path:

@@ -13,6 +13,7 @@ from permlab.option import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Rate,
     SharesOne,
     Temperature,
 )
@@ -60,7 +61,7 @@ class Hybrid(Sinkhorn):
         num_search_swaps: PositiveInt,
         num_polish_steps: NonNegativeInt,
         temperature: Temperature,
-        lr: PositiveFloat,
+        lr: Rate,
         warmup_fraction: Fraction,
         freeze_fraction: Annotated[Fraction, SharesOne("warmup_fraction")],
         estimator: Literal["relaxed", "straight_through"],

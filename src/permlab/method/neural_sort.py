@@ -7,7 +7,7 @@ from torch import Tensor
 
 from permlab.method.scorer import ScoreMethod
 from permlab.ops.sorting import neural_sort
-from permlab.option import Fraction, PositiveFloat, PositiveInt, SharesOne, Temperature
+from permlab.option import Fraction, PositiveInt, Rate, SharesOne, Temperature
 from permlab.permutation import Site
 
 
@@ -42,6 +42,7 @@ class NeuralSort(ScoreMethod):
     """
 
     tuned_as: ClassVar[str] = "sort"
+    reads_items = ("scorer", ("linear", "mlp"))
 
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "width": ("scorer", ["vector", "linear"]),
@@ -52,7 +53,7 @@ class NeuralSort(ScoreMethod):
         site: Site,
         *,
         temperature: Temperature,
-        lr: PositiveFloat,
+        lr: Rate,
         warmup_fraction: Fraction,
         freeze_fraction: Annotated[Fraction, SharesOne("warmup_fraction")],
         estimator: Literal["relaxed", "straight_through"],

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from permlab.method.base import MAX_SCORE, Method, falling_scores
 from permlab.ops import plackett_luce
-from permlab.option import Fraction, PositiveFloat, PositiveInt, SharesOne, Temperature, Where
+from permlab.option import Fraction, PositiveFloat, PositiveInt, Rate, SharesOne, Temperature, Where
 from permlab.permutation import PermutationSample, Site
 
 NUM_DRAWS = 64  # the statistics of a law are those of so many orders, drawn alike every time
@@ -75,7 +75,7 @@ class Reorder(Method):
         site: Site,
         *,
         temperature: Temperature,
-        lr: PositiveFloat,
+        lr: Rate,
         warmup_fraction: Fraction,
         freeze_fraction: Annotated[Fraction, SharesOne("warmup_fraction")],
         spread: PositiveFloat,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from permlab.method.base import MAX_SCORE, Method
 from permlab.ops.assignment import assign
 from permlab.ops.sinkhorn import sinkhorn
-from permlab.option import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, SharesOne, Temperature
+from permlab.option import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Rate, SharesOne, Temperature
 from permlab.permutation import PermutationSample, Site, order_to_matrix
 
 
@@ -62,6 +62,7 @@ class Sinkhorn(Method):
     """
 
     tuned_as: ClassVar[str] = "sinkhorn"
+    reads_items = ("cost", ("network",))
 
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "width": ("cost", ["table"]),
@@ -74,7 +75,7 @@ class Sinkhorn(Method):
         site: Site,
         *,
         temperature: Temperature,
-        lr: PositiveFloat,
+        lr: Rate,
         warmup_fraction: Fraction,
         freeze_fraction: Annotated[Fraction, SharesOne("warmup_fraction")],
         estimator: Literal["relaxed", "straight_through"],

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from permlab.method.scorer import ScoreMethod
 from permlab.ops.sorting import soft_sort
-from permlab.option import Fraction, PositiveFloat, PositiveInt, Range, SharesOne, Temperature, Where
+from permlab.option import Fraction, PositiveInt, Range, Rate, SharesOne, Temperature, Where
 from permlab.permutation import PermutationSample, Site, order_to_matrix
 
 
@@ -56,6 +56,7 @@ class Sort(ScoreMethod):
     """
 
     tuned_as: ClassVar[str] = "sort"
+    reads_items = ("scorer", ("linear", "mlp"))
 
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "width": ("scorer", ["vector", "linear"]),
@@ -68,7 +69,7 @@ class Sort(ScoreMethod):
         site: Site,
         *,
         temperature: Temperature,
-        lr: PositiveFloat,
+        lr: Rate,
         warmup_fraction: Fraction,
         freeze_fraction: Annotated[Fraction, SharesOne("warmup_fraction")],
         estimator: Annotated[

@@ -28,6 +28,8 @@ class Backbone(nn.Module):
     Attributes:
         stem: name of the module that reads the pixels; a literal.
         reads: kinds of data it reads, such as `image` and `text`; a literal tuple.
+        blocks_of: family of the blocks it is built of, a file of `permlab.sparsity.family`; a literal, None for
+            blocks of its own.
         num_items: number of items per sample.
         num_features: length of an item's feature vector.
         height, width: rows and columns of the grid of items; for a sequence 1 and its length.
@@ -35,6 +37,7 @@ class Backbone(nn.Module):
 
     reads: ClassVar[tuple[str, ...]] = ("image",)
     stem: ClassVar[str] = ""
+    blocks_of: ClassVar[str | None] = None
     head: nn.Module
     num_items: int
     num_features: int

@@ -68,6 +68,7 @@ class Llama(Backbone):
 
     reads = ("image", "text")
     stem = "embedding"
+    blocks_of = "llama"
 
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "rope_theta": ("position", ["item", "none"]),

@@ -85,6 +85,7 @@ class QwenVl(Backbone):
 
     reads = ("image", "text")
     stem = "visual.patch_embed.proj"
+    blocks_of = "qwen2_5_vl"
 
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "merge_size": ("kind", ["text"]),

@@ -77,6 +77,7 @@ class Vim(Backbone):
     """
 
     stem = "patch_embed"
+    blocks_of = "vim"
 
     def __init__(
         self,

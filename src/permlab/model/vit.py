@@ -60,6 +60,7 @@ class Vit(Backbone):
     """
 
     stem = "patch_embed.proj"
+    blocks_of = "vit"
 
     def __init__(
         self,

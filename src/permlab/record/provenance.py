@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import shlex
 import subprocess
 import sys
@@ -23,7 +24,7 @@ PACKAGES = (
 # fmt: on
 
 
-def collect(*, device: str | None) -> dict[str, Any]:
+def collect(*, device: str | None, command: str | None = None) -> dict[str, Any]:
     """Facts that tell whether two runs are comparable, as plain containers.
 
     Keys are `git_sha`, `git_dirty`, `git_diff_sha256` (None outside a checkout, the last also
@@ -32,6 +33,7 @@ def collect(*, device: str | None) -> dict[str, Any]:
 
     Args:
         device: what the run computes on, see `device_name`.
+        command: None for that of this process.
     """
     root = _checkout()
     lock = PACKAGE.parents[1] / "requirements.lock"
@@ -42,7 +44,7 @@ def collect(*, device: str | None) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": device,
-        "command": redact(shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])),
+        "command": redact(command or shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])),
     }
 
 
@@ -70,6 +72,15 @@ def device_name(accelerator: str) -> str:
     if accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"cpu, {torch.get_num_threads()} threads"
+
+
+def peak_memory_mib() -> float:
+    """Highest use of memory so far: of the GPU's where there is one, else of the process. Imports torch."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _checkout() -> Path | None:

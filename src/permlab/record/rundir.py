@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +29,9 @@ FOLDERS = ("arrays", "figures", "checkpoints", "wandb")
 # What `DONE` vouches for.
 RESULTS = ("config.yaml", "metrics.jsonl", "summary.json", "checkpoints/best.ckpt")
 
+# What of a line of `metrics.jsonl` was measured, and so differs when a run is repeated or resumed; nothing else does.
+MEASURED = ("time/", "memory/")
+
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
@@ -37,16 +41,36 @@ def is_rank_zero() -> bool:
     return all(os.environ.get(name, "0") in ("", "0") for name in _RANK_VARIABLES)
 
 
+def check_place(run_dir: Path) -> None:
+    """Refuse a run directory that cannot be made, or written to, by making and removing a folder where it would be.
+
+    Raises:
+        ConfigError: naming what is in the way.
+    """
+    place = run_dir
+    try:
+        place = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+        os.rmdir(tempfile.mkdtemp(prefix=".permlab-", dir=place))
+    except OSError as error:
+        raise ConfigError(
+            f"paths.runs={run_dir.parents[2]}: no folder can be made in {place}: {error.strerror}; "
+            "make it writable or free space there, or take another, such as paths.runs=runs"
+        ) from error
+
+
 # Life of a run
 
 
-def start_run(run_dir: Path, config: Mapping[str, Any], *, device: str | None = None) -> None:
+def start_run(
+    run_dir: Path, config: Mapping[str, Any], *, device: str | None = None, command: str | None = None
+) -> None:
     """Create the directory, or open it again, with the configuration and where the code came from.
 
     Args:
         run_dir: of this run.
         config: complete configuration, plain containers only.
         device: what the run computes on, for the provenance.
+        command: that makes this run, for the provenance; None for that of this process.
     """
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -54,7 +78,7 @@ def start_run(run_dir: Path, config: Mapping[str, Any], *, device: str | None = 
             (run_dir / marker).unlink(missing_ok=True)
         _remove_temporaries(run_dir)
     write_text(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
-    write_json(run_dir / "provenance.json", provenance.collect(device=device))
+    write_json(run_dir / "provenance.json", provenance.collect(device=device, command=command))
 
 
 def complete_run(run_dir: Path, summary: Mapping[str, Any]) -> None:
@@ -199,6 +223,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: {error or type(error).__name__}") from error
     return records
+
+
+def reproducible(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a line of metrics is the same when a run is repeated, or resumed: all but what was measured."""
+    return {key: value for key, value in record.items() if not key.startswith(MEASURED)}
 
 
 def truncate_metrics(run_dir: Path, step: int, line: str = "") -> None:

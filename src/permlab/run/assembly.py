@@ -56,3 +56,15 @@ def place(plan: Plan) -> tuple[Backbone, Method | SiteMethods]:
     torch.manual_seed(plan.config["seed"])
     model = build("model", plan.config["model"], plan.spec)
     return model, plan.task.learner().place(plan, model)
+
+
+def opening(plan: Plan, parts: Assembly) -> str:
+    """The lines that a run begins with: what is asked of which parts, and how many samples from where."""
+    config, spec, model = plan.config, plan.spec, parts.model
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"{config['task']['name']}: {config['data']['name']} ({spec.num_classes} {spec.labels}), "
+        f"{config['model']['name']} ({count:,} parameters) reading {spec.describe(model.height, model.width)}, "
+        f"method {config['method']['name']}{parts.learner.describe()}\n"
+        f"data: {parts.data.describe()}"
+    )

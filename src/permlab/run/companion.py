@@ -2,27 +2,36 @@
 
 import copy
 import fcntl
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from permlab.config.check import plan_of
 from permlab.config.compose import resolve_train
 from permlab.config.plan import Plan
+from permlab.record.pulse import duration, say
 from permlab.record.rundir import is_done, is_rank_zero
 from permlab.task.task import Companion
 
 
 def companion_plan(plan: Plan, companion: Companion) -> Plan:
     """Plan of another run: composed from words, joined with the keys it takes over, and changed."""
-    config = dict(copy.deepcopy(resolve_train(companion.words)[0].config)) if companion.words else {}
+    config = copy.deepcopy(_composed(companion.words)) if companion.words else {}
     for dotted in companion.take:
         if _has(plan.config, dotted):
             _put(config, dotted, copy.deepcopy(_get(plan.config, dotted)))
     for dotted, value in companion.change.items():
         _put(config, dotted, value)
     return plan_of(config)
+
+
+@cache
+def _composed(words: tuple[str, ...]) -> dict[str, Any]:
+    """Once for all that ask: the files of the configuration do not change under a run."""
+    return dict(resolve_train(words)[0].config)
 
 
 def companion_directory(plan: Plan, companion: Companion) -> Path:
@@ -52,12 +61,16 @@ def shared(directory: Path, label: str) -> Iterator[None]:
     """Of several runs that need this one, one trains it while the others wait.
 
     Args:
-        label: what is announced, with whether the run is found or trained; empty for nothing.
+        label: what is announced, with whether the run is found or trained, and then how long that took; empty for
+            nothing.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     with (directory.parent / f".{directory.name}.lock").open("w") as lock:
         if is_rank_zero():
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if label:
-                print(f"{label}: {'found' if is_done(directory) else 'trained once'}, {directory}", flush=True)
+        found, began = is_done(directory), time.monotonic()
+        if label:
+            say(f"{label}: {'found' if found else 'trained once'}, {directory}")
         yield
+        if label and not found:
+            say(f"{label}: trained in {duration(time.monotonic() - began)}")

@@ -10,6 +10,7 @@ from permlab.config.schema import components, constant
 from permlab.errors import ConfigError
 from permlab.figure.draw import draw_all
 from permlab.record.checkpoint import load_weights
+from permlab.record.pulse import Pulse
 from permlab.record.stored import read_plan
 from permlab.record.tracking import replay
 from permlab.run import trainer as lightning
@@ -38,12 +39,14 @@ def evaluate(config: Mapping[str, Any]) -> Summary:
     lightning.quiet_lightning()
     parts = assemble(_without_pretrained(plan))
     lightning.set_threads(plan, parts.model)
-    summary = evaluate_best(_in_one_process(plan), parts, split=config["split"])
+    with Pulse("test"):
+        summary = evaluate_best(_in_one_process(plan), parts, split=config["split"])
     for name, value in summary.items():
         print(f"{name:<28} {value:.8g}")
     if config["export"]:
         before = {name: companion_directory(plan, c) for name, c in plan.task.before(plan).items()}
-        parts.learner.export(Path(config["export"]), plan, parts.data, before, sparse=config["sparse"])
+        with Pulse("export"):
+            parts.learner.export(Path(config["export"]), plan, parts.data, before, sparse=config["sparse"])
     if config["figures"]:
         for path in draw_all(run_dir):
             print(f"picture: {path}")

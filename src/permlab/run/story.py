@@ -1,6 +1,7 @@
 """The whole story of a run, readable top-down: claim, before, assemble, fit, finish, test, beside, write."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -8,12 +9,15 @@ import torch
 
 from permlab.callback.interrupt import STOP, stop_on_signals
 from permlab.callback.lifeline import end_ranks
+from permlab.callback.progress import Progress
 from permlab.config.plan import Plan
+from permlab.config.words import command
 from permlab.errors import Interrupted
 from permlab.figure.draw import draw_all
 from permlab.record.checkpoint import load_weights
 from permlab.record.lock import RunLock
 from permlab.record.provenance import device_name
+from permlab.record.pulse import Pulse, say
 from permlab.record.rundir import (
     clear_run,
     complete_run,
@@ -30,8 +34,9 @@ from permlab.record.rundir import (
 )
 from permlab.record.stored import read_arrays
 from permlab.run import trainer as lightning
-from permlab.run.assembly import Assembly, assemble, place
+from permlab.run.assembly import Assembly, assemble, opening, place
 from permlab.run.companion import companion_plan, shared
+from permlab.run.outlook import Outlook, name_of
 from permlab.study.report import print_report
 from permlab.task.guard import NonFiniteGuard
 from permlab.task.learner import Result, Summary
@@ -52,36 +57,39 @@ def train(plan: Plan) -> Summary:
     return summary
 
 
-def run_once(plan: Plan, *, announce: bool = False) -> Summary:
+def run_once(plan: Plan, outlook: Outlook | None = None, name: str = "", *, announce: bool = False) -> Summary:
     """One run, from whatever its directory already holds to a `DONE` with a summary.
 
     Args:
+        outlook: on all trainings of the command, of which this one has the name; None where it is the first.
         announce: whether this is the run that was asked for; another that works on it is then an
             error, while one that others share (a companion) is waited for.
     """
-    run_dir = plan.directory
+    run_dir, outlook, name = plan.directory, outlook or Outlook(plan), name or name_of(plan)
     if _is_over(plan) and not _has_group():
         return read_summary(run_dir)
     lightning.quiet_lightning()
-    before = _run_before(plan)
+    before = _run_before(plan, outlook)
     parts = assemble(plan, before)
+    display = Progress(name=name, forecast=partial(outlook.forecast, name))
     lightning.set_threads(plan, parts.model)
     lightning.check_trainer(plan)
     if not is_rank_zero():
         _meet()
-        return read_summary(run_dir) if _is_over(plan) else _tell(plan, parts, before)
+        return read_summary(run_dir) if _is_over(plan) else _tell(plan, parts, before, outlook, display)
     with RunLock(run_dir, wait=not announce):
         _meet()
         if _is_over(plan):
             return read_summary(run_dir)  # by the one that was waited for
         if plan.is_forced:
             clear_run(run_dir)
-        start_run(run_dir, plan.config, device=device_name(plan.config["trainer"]["accelerator"]))
+        device = device_name(plan.config["trainer"]["accelerator"])
+        start_run(run_dir, plan.config, device=device, command=None if announce else command(plan.config))
         if announce:
-            print(_opening(plan, parts), flush=True)
+            say(opening(plan, parts))
         try:
             with writing(run_dir):
-                summary = _tell(plan, parts, before)
+                summary = _tell(plan, parts, before, outlook, display)
                 STOP.check()
                 complete_run(run_dir, summary)
         except Interrupted:
@@ -108,7 +116,7 @@ def _meet() -> None:
         torch.distributed.barrier()
 
 
-def _run_before(plan: Plan) -> dict[str, Path]:
+def _run_before(plan: Plan, outlook: Outlook) -> dict[str, Path]:
     """Directories of the runs that this one needs, each trained here unless it has been before."""
     found = {}
     for name, companion in plan.task.before(plan).items():
@@ -119,36 +127,26 @@ def _run_before(plan: Plan) -> dict[str, Path]:
         if not is_done(other.directory):
             place(plan)  # refuses what cannot be done before the minutes that training takes
         with shared(other.directory, companion.label):
-            run_once(other)
+            run_once(other, outlook, companion.label or name)
         found[name] = other.directory
     return found
 
 
-def _opening(plan: Plan, parts: Assembly) -> str:
-    config, spec, model = plan.config, plan.spec, parts.model
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return (
-        f"{config['task']['name']}: {config['data']['name']} ({spec.num_classes} {spec.labels}), "
-        f"{config['model']['name']} ({count:,} parameters) reading {spec.describe(model.height, model.width)}, "
-        f"method {config['method']['name']}{parts.learner.describe()}\n"
-        f"data: {parts.data.describe()}"
-    )
-
-
-def _tell(plan: Plan, parts: Assembly, before: Mapping[str, Path]) -> Summary:
+def _tell(plan: Plan, parts: Assembly, before: Mapping[str, Path], outlook: Outlook, display: Progress) -> Summary:
     """Training, test and runs beside, or what of them has not been done before."""
     run_dir = plan.directory
     summary = read_summary(run_dir) if (run_dir / "summary.json").is_file() else {}
     if plan.task.metric.key not in summary:
-        summary = _fit_and_finish(plan, parts, before)
+        summary = _fit_and_finish(plan, parts, before, display)
     _meet()  # what the first rank has written decides which runs follow
     key = plan.task.metric.key
     for name, companion in plan.task.beside(plan, read_arrays(run_dir / "arrays" / "order.npz")).items():
-        summary[f"{key}_{name}"] = run_once(companion_plan(plan, companion))[key]
+        other = companion_plan(plan, companion)
+        summary[f"{key}_{name}"] = run_once(other, outlook, companion.label or name)[key]
     return summary
 
 
-def _fit_and_finish(plan: Plan, parts: Assembly, before: Mapping[str, Path]) -> Summary:
+def _fit_and_finish(plan: Plan, parts: Assembly, before: Mapping[str, Path], display: Progress) -> Summary:
     """Train from the newest whole checkpoint, if any, and let the task finish what validation picked."""
     run_dir, learner = plan.directory, parts.learner
     state = lightning.find_state(plan, learner)
@@ -156,23 +154,26 @@ def _fit_and_finish(plan: Plan, parts: Assembly, before: Mapping[str, Path]) -> 
         truncate_metrics(run_dir, state.step if state else 0, state.line if state else "")
     saving = lightning.make_saving(plan)
     logger = lightning.make_logger(plan)
-    trainer = lightning.training_trainer(plan, parts, logger, saving)
+    trainer = lightning.training_trainer(plan, parts, logger, saving, display)
     with end_ranks(trainer):
         learner.to(trainer.strategy.root_device)
         settings = plan.config["trainer"]
         learner.guard = NonFiniteGuard(on_nonfinite=settings["on_nonfinite"], max_skips=settings["max_skips"])
-        learner.prepare(parts.data, before)
+        with Pulse("preparation"):
+            learner.prepare(parts.data, before)
         L.seed_everything(plan.config["seed"], verbose=False)
         if learner.learns:
             lightning.fit(trainer, parts, state.path if state else None)
         STOP.check()  # an exception that a signal raises in a destructor, say, gets lost
         summary = lightning.statistics(trainer, parts)
-        result = _finish(plan, parts, trainer)
+        with Pulse("finish"):
+            result = _finish(plan, parts, trainer)
     summary |= result.summary | parts.data.statistics() | {"train/seconds": round(saving.seconds, 3)}
     if is_rank_zero():
         _write(run_dir, result)
         write_json(run_dir / "summary.json", summary)  # last: a run that has it is not trained again
-        logger.mirror_results(summary, draw_all(run_dir) if plan.config["figures"] else [])
+        with Pulse("figures"):
+            logger.mirror_results(summary, draw_all(run_dir) if plan.config["figures"] else [])
     logger.finalize("success")
     return summary
 

@@ -11,6 +11,7 @@ import torch
 
 from permlab.callback.interrupt import keep_signals
 from permlab.callback.keep_best import KeepBest
+from permlab.callback.measurements import Measurements
 from permlab.callback.permutation_log import PermutationLog
 from permlab.callback.progress import Progress
 from permlab.callback.ranks_agree import RanksAgree
@@ -86,15 +87,16 @@ def make_trainer(**arguments: Any) -> L.Trainer:
     return trainer
 
 
-def training_trainer(plan: Plan, parts: Assembly, logger: RunLogger, saving: SaveState) -> L.Trainer:
+def training_trainer(plan: Plan, parts: Assembly, logger: RunLogger, saving: SaveState, display: Progress) -> L.Trainer:
     """The trainer of a run, with all that records it."""
+    shown = [display] if plan.config["trainer"].get("enable_progress_bar", True) else []
     arguments = trainer_arguments(plan)
     if arguments["strategy"] == "fsdp":
         arguments["strategy"] = parts.learner.shards = ShardedBackbone(parts.method)
     return make_trainer(
         **arguments,
         logger=logger,
-        callbacks=[*_callbacks(plan, parts), saving],
+        callbacks=[*shown, *_callbacks(plan, parts), Measurements(saving), saving],
         plugins=[CheckpointFiles(plan.config["checkpoint"]["keep"])],
         default_root_dir=plan.directory,
         num_sanity_val_steps=0,
@@ -131,9 +133,7 @@ def _callbacks(plan: Plan, parts: Assembly) -> list[L.Callback]:
         save_weights_only=True,
         **common,
     )
-    display = [Progress()] if plan.config["trainer"].get("enable_progress_bar", True) else []
     return [
-        *display,
         Temperature(),
         ResumeRandomState(),
         PermutationLog(run_dir, grid=grid, mean_image=None if grid is None else parts.data.mean_image()),

@@ -5,10 +5,8 @@ grid on a server.
 """
 
 import itertools
-import json
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import yaml
 from hydra.core.override_parser.types import Override, RangeSweep
@@ -16,6 +14,7 @@ from hydra.errors import HydraException
 
 from permlab.config.compose import parse_overrides
 from permlab.config.schema import CONF
+from permlab.config.words import as_json
 from permlab.errors import ConfigError, nearest
 
 SWEEPS = CONF.parent / "sweeps"
@@ -49,17 +48,8 @@ def read_sweep(name: str) -> list[Job]:
         values = choice.get("values", [choice["value"]] if "value" in choice else [])
         if not values:
             raise ConfigError(f"{path.name}: parameters.{key}={choice}: expected value or values")
-        axes.append([f"{key}={value if isinstance(value, str) else _word(value)}" for value in values])
+        axes.append([f"{key}={value if isinstance(value, str) else as_json(value)}" for value in values])
     return product(axes)
-
-
-def _word(value: Any) -> str:
-    """A value as Hydra's grammar has it: JSON, but for the keys, which are not quoted."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_word(part)}" for key, part in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_word, value)) + "]"
-    return json.dumps(value)
 
 
 def expand(words: Sequence[str]) -> list[Job]:

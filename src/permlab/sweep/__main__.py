@@ -15,6 +15,7 @@ from permlab.cli import main as command_line
 from permlab.config.schema import CONF
 from permlab.errors import ConfigError, RunError, nearest
 from permlab.record.rundir import is_done
+from permlab.run.outlook import announce_jobs
 from permlab.study.grid import read_sweep, sweep_names
 from permlab.study.jobs import resolve_jobs, run_jobs
 from permlab.study.table import write_table
@@ -49,6 +50,8 @@ def _run(options: argparse.Namespace) -> int:
     threads = [] if options.processes == 1 else ["num_threads=1"]
     jobs = [[*threads, *job, *options.set] for name in names for job in read_sweep(name)]
     plans = resolve_jobs("train", jobs)
+    if not options.table:
+        print(announce_jobs(plans), flush=True)
     codes = [] if options.table else run_jobs(command_line, "train", jobs, plans, num_processes=options.processes)
     finished = [plan for plan in plans if plan is not None and is_done(plan.directory)]
     print(write_table(finished, RESULTS / (options.study or "_".join(names))))

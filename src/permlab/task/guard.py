@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from permlab.errors import NonFiniteError
 
 REMEDY = "lower optim.lr or method.lr, or raise method.temperature"
+RATES = "lower optim.lr, optim.weight_decay or method.lr"
 LAST_GOOD = "the newest file in checkpoints/ is the last good state"
 
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from permlab.config.plan import Plan
 from permlab.data.module import DataModule
-from permlab.errors import NonFiniteError
+from permlab.errors import NonFiniteError, StepError
 from permlab.method.base import Method
 from permlab.method.site_methods import SiteMethods
 from permlab.model.base import Backbone
 from permlab.permutation import PermutationSample
-from permlab.task.guard import LAST_GOOD, REMEDY, NonFiniteGuard, first_bad, first_bad_gradient, remedy
+from permlab.task.guard import LAST_GOOD, RATES, REMEDY, NonFiniteGuard, first_bad, first_bad_gradient, remedy
 from permlab.task.optim import build_optimizer
 from permlab.task.place import at_items
 from permlab.task.score import Scores
@@ -215,6 +215,39 @@ class Learner(L.LightningModule):
         if self.method.phase == "active":
             return 0.0
         return sum((0.0 * parameter.sum() for parameter in self.method.parameters()), start=0.0)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Make a step; where the optimiser's own arithmetic fails, that is one line.
+
+        Raises:
+            StepError: naming the keys to change.
+        """
+        assert optimizer_closure is not None
+        has_gradients = False
+
+        def closure() -> Any:
+            nonlocal has_gradients
+            loss = optimizer_closure()
+            has_gradients = True
+            return loss
+
+        try:
+            super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        except (RuntimeError, ArithmeticError) as error:
+            # Of several ranks, the connection may have failed, which the launcher's side has better words for.
+            if not has_gradients or self.trainer.world_size > 1:
+                raise
+            reason = (str(error).splitlines() or [""])[0]
+            raise StepError(
+                f"step {self.global_step}: the optimiser cannot make it ({type(error).__name__}: {reason}); "
+                f"{RATES}; {LAST_GOOD}"
+            ) from error
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.shards is not None:

@@ -28,6 +28,8 @@ class Companion:
         change: values by dotted key.
         run: a run directory that stands for it; then nothing is composed or trained.
         label: what is announced when the run is found or trained; empty for nothing.
+        shorten: key by which its training gets shorter, where that of the run's own does not do it, or a setting
+            that leaves the run out.
     """
 
     words: tuple[str, ...] = ()
@@ -35,6 +37,7 @@ class Companion:
     change: Mapping[str, Any] = field(default_factory=dict)
     run: Path | None = None
     label: str = ""
+    shorten: str = ""
 
 
 class Task:
@@ -50,6 +53,7 @@ class Task:
         exports: whether a trained model can be written in a form of its own, see `Learner.export`; a literal.
         metric: what runs are judged by.
         rows: what the report of a run and the tables over runs show.
+        effort: of a step, in steps of plain training of the same model, for forecasts; roughly, a literal.
         panels: curves of the figure `training`, in order: title, and metric by label of its line.
         compared_within: settings of the task that runs share if tables compare them.
     Args:
@@ -59,6 +63,7 @@ class Task:
     takes: ClassVar[tuple[str, ...]] = ("image",)
     permutes: ClassVar[str] = "items"
     exports: ClassVar[bool] = False
+    effort: ClassVar[float] = 1.0
     panels: ClassVar[tuple[tuple[str, Mapping[str, str]], ...]] = ()
     compared_within: ClassVar[tuple[str, ...]] = ()
     metric: Metric
@@ -93,6 +98,10 @@ class Task:
 
     def complete(self, config: dict[str, Any]) -> None:
         """Fill in what follows from other keys."""
+
+    def learns(self, plan: Plan) -> bool:
+        """Whether there is anything to train, as far as the configuration tells."""
+        return True
 
     # Other runs
 

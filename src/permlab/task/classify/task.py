@@ -104,4 +104,5 @@ def _at_order(plan: Plan, order: str | list[int]) -> Companion:
     return Companion(
         take=tuple(plan.config),
         change={"method": fixed, "task.control": False, "force": False, "ckpt_path": None},
+        shorten="task.control=false",
     )

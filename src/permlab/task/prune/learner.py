@@ -1,7 +1,5 @@
 """Prune a trained model to N:M structured sparsity: how the orders are learned, and what is made of them."""
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +19,8 @@ from permlab.method.site_methods import SiteMethods
 from permlab.model.base import Backbone
 from permlab.permutation import PermutationSample, gather_items, invert
 from permlab.record.checkpoint import load_weights
+from permlab.record.provenance import peak_memory_mib
+from permlab.record.pulse import Pulse, watched
 from permlab.sparsity.calibrate import capture, collect, reconstruction_errors
 from permlab.sparsity.layer import SiteLayers, assemble_weights, dense_rows
 from permlab.sparsity.mask import hard_mask, relaxed_mask, split_sample, straight_through_prune
@@ -123,19 +123,20 @@ class PruneLearner(Learner):
     def prepare(self, data: DataModule, before: Mapping[str, Path]) -> None:
         """Collect statistics, and let the methods search."""
         began = time.monotonic()
-        self._memory = _peak_memory_mib()
+        self._memory = peak_memory_mib()
         self.reading.eval()
         with _as_config_error():
             self.calibration = [self._shorten(batch) for batch in data.sample("train", self.task.num_samples)]
             self.held_out = [self._shorten(batch)[0] for batch in data.sample("val", self.task.num_samples)]
-            statistics = collect(self.reading, self._pruned_modules(), (x.to(self.device) for x, _ in self.calibration))
+            batches = watched("calibration", "batches", self.calibration)
+            statistics = collect(self.reading, self._pruned_modules(), (x.to(self.device) for x, _ in batches))
             for site in self.method.sites:
                 weights = [dense_rows(self.model, reader) for reader in site.readers]
                 inputs = [statistics[reader.module] for reader in site.readers]
                 self.layers[site.name] = SiteLayers(
                     site, weights, inputs, self.task.pruner, self.task.power, self.task.damping
                 )
-        for site in self.method.sites:
+        for site in watched("search", "sites", self.method.sites):
             self._search(site.name)
         self._dense_logits = self._calibration_logits()
         self._seconds = time.monotonic() - began
@@ -363,7 +364,7 @@ class PruneLearner(Learner):
         quality, arrays = self._quality(orders, pruned)
         summary |= quality
         summary["prune/seconds"] = round(seconds, 3)
-        summary["prune/peak_memory_mib"] = _peak_memory_mib() - self._memory
+        summary["prune/peak_memory_mib"] = peak_memory_mib() - self._memory
         arrays["sites"]["polished_loss"] = np.array(polished)
         arrays |= {"orders": _as_arrays(orders), "starts": _as_arrays(starts)}
         for name, weights in self._variants().items():
@@ -381,12 +382,15 @@ class PruneLearner(Learner):
             for name, layers in self.layers.items()
         }
         steps = self.method.num_polish_steps
-        return polish(sites, better, self._loss_and_gradient, n=self.n, m=self.m, num_steps=steps, seed=self.seed)
+        with Pulse("polishing", "losses", steps + 1) as pulse:
+            loss = pulse.counting(self._loss_and_gradient)
+            return polish(sites, better, loss, n=self.n, m=self.m, num_steps=steps, seed=self.seed)
 
     def _prune(self, orders: Orders) -> dict[str, Tensor]:
         """Whole pruned weights by parameter name."""
         device = self.device
-        rows = {name: self.layers[name].prune(order.to(device), n=self.n, m=self.m) for name, order in orders.items()}
+        names = watched("pruning", "sites", list(orders))
+        rows = {name: self.layers[name].prune(orders[name].to(device), n=self.n, m=self.m) for name in names}
         return assemble_weights(self.model, self.method.sites, rows)
 
     @torch.no_grad()
@@ -399,7 +403,8 @@ class PruneLearner(Learner):
         self, orders: Orders, pruned: Mapping[str, Tensor]
     ) -> tuple[Summary, dict[str, dict[str, np.ndarray]]]:
         """What is retained and what is lost, as a whole, and by site and layer."""
-        sums = [self.layers[name].kept(order, n=self.n, m=self.m) for name, order in orders.items()]
+        names = watched("quality", "sites", list(orders))
+        sums = [self.layers[name].kept(orders[name], n=self.n, m=self.m) for name in names]
         kept, default, best, total = (sum(column) for column in zip(*sums, strict=True))
         modules = self._pruned_modules()
         pairs = {name: (layer, pruned[f"{name}.weight"]) for name, layer in modules.items()}
@@ -445,13 +450,6 @@ class PruneLearner(Learner):
 
 def _as_arrays(orders: Orders) -> dict[str, np.ndarray]:
     return {name: order.cpu().numpy() for name, order in orders.items()}
-
-
-def _peak_memory_mib() -> float:
-    """Highest use of memory so far: of the GPU's where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 @contextmanager

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from permlab.config.plan import Plan
-from permlab.config.schema import component_options
+from permlab.config.schema import component_names, component_options, constant, preset_component
 from permlab.data.spec import DataSpec
+from permlab.errors import nearest
 from permlab.option import NonNegativeFloat, PositiveFloat, PositiveInt, Verbatim
 from permlab.record.stored import read_plan
 from permlab.task.metric import ACCURACY, PERPLEXITY, Metric, Row
@@ -61,6 +62,7 @@ class Prune(Task):
     takes: ClassVar[tuple[str, ...]] = ("image", "text")
     permutes: ClassVar[str] = "weights"
     exports: ClassVar[bool] = True
+    effort: ClassVar[float] = 4.0
     panels: ClassVar[tuple[tuple[str, Mapping[str, str]], ...]] = (
         ("accuracy", {"train (batch)": "train/accuracy", "validation": "val/accuracy"}),
         ("perplexity", {"validation": "val/perplexity"}),
@@ -153,7 +155,19 @@ class Prune(Task):
             problems.append(f"task.dense={self.dense}: not a run directory (no config.yaml)")
         elif self.dense is not None and not Path(self.dense, "checkpoints", "best.ckpt").is_file():
             problems.append(f"task.dense={self.dense}: no checkpoints/best.ckpt; the run has not validated yet")
-        return problems
+        return problems + self._problems_of_model(plan)
+
+    def _problems_of_model(self, plan: Plan) -> list[str]:
+        name = plan.config["model"]["name"]
+        able = [other for other in component_names("model") if self._has_sites(preset_component("model", other))]
+        if self._has_sites(plan.config["model"]["component"]):
+            return []
+        return [f"model={name}: has no linear layers that task=prune knows how to prune{nearest(name, able)}"]
+
+    def _has_sites(self, model: str) -> bool:
+        """Whether a backbone is built of known blocks, and reads such data."""
+        reads = constant("model", model, "reads") or ("image",)
+        return self.spec.kind in reads and constant("model", model, "blocks_of") is not None
 
     def idle(self, plan: Plan) -> Iterator[Idle]:
         method, pretrained = plan.config["method"], plan.config["model"].get("pretrained")
@@ -162,7 +176,7 @@ class Prune(Task):
             yield key, "task=prune, which freezes the model's weights"
         if self.dense is not None or pretrained:
             yield "model.lr", "a model that is trained already"
-        if "lr" not in options:
+        if not self.learns(plan):
             optim = ("beta1", "beta2", "schedule", "warmup_fraction")
             trainer = ("max_steps", "max_epochs", "gradient_clip_val", "on_nonfinite")
             keys = [*(f"task.{key}" for key in LOSS_OPTIONS), *(f"optim.{key}" for key in optim)]
@@ -174,6 +188,13 @@ class Prune(Task):
             yield "task.mix", f"{named}, which mixes no items"
         if pretrained:
             yield "task.dense_steps", "model.pretrained"
+
+    def learns(self, plan: Plan) -> bool:
+        return "lr" in component_options("method", plan.config["method"]["component"])
+
+    def complete(self, config: dict[str, Any]) -> None:
+        if self.dense or config["model"].get("pretrained"):
+            config["task"]["dense_steps"] = None  # nothing is trained before
 
     # The dense model
 
@@ -195,7 +216,7 @@ class Prune(Task):
         if self.dense_steps:
             change |= {"trainer.max_steps": self.dense_steps, "trainer.val_check_interval": None}
         take = ("model", *data, *(f"trainer.{key}" for key in TRAINER_KEYS), *SHARED)
-        return {"dense": Companion(tuple(words), take, change, label="dense model")}
+        return {"dense": Companion(tuple(words), take, change, label="dense model", shorten="task.dense_steps")}
 
     # Tables over runs
 
