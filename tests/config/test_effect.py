@@ -33,6 +33,7 @@ CASES = [
     (["task=prune", "task.num_groups=2", "task.block_size=8"], "task.block_size=8 has no effect with task.num_groups="),
     (["task=prune", "task.distill_weight=0", "task.distill_kind=mse"], "task.distill_kind=mse has no effect"),
     (["task=prune", "method=fixed", "task.kl_weight=1"], "task.kl_weight=1 has no effect with method=fixed"),
+    (["task=prune", "method=sinkhorn", "task.mask_backward=softmax"], "task.mask_backward=softmax has no effect"),
     (["task=prune", "optim.lr=0.1"], "optim.lr=0.1 has no effect with task=prune"),
     (["task=prune", "method=hybrid", "method.search=none", "method.num_search_swaps=9"], "num_search_swaps=9 has no"),
     (["task=lm", "data.vocab_size=300"], "data.vocab_size=300 has no effect with data.tokenizer=byte"),
