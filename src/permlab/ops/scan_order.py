@@ -235,7 +235,7 @@ def _peano_block(top: int, left: int, side: int, up: bool, leftwards: bool) -> C
             yield from _peano_block(top + third * below, left + third * beside, third, is_up, is_leftwards)
 
 
-# How REOrder's `peano` turns the nine blocks of a block, as they are visited: even ones go by rows, odd ones by columns.
+# How REOrder turns the nine blocks of a block, as they are visited: even ones go by rows, odd ones by columns.
 _REORDER_TURNS = ("010302010", "101213101", "232021232", "323031323")
 
 

@@ -31,7 +31,7 @@ from permlab.record.rundir import (
 from permlab.record.stored import read_arrays
 from permlab.run import trainer as lightning
 from permlab.run.assembly import Assembly, assemble, place
-from permlab.run.companion import companion_plan, shared
+from permlab.run.companion import companion_plan, keep_beside, shared
 from permlab.study.report import print_report
 from permlab.task.guard import NonFiniteGuard
 from permlab.task.learner import Result, Summary
@@ -142,9 +142,13 @@ def _tell(plan: Plan, parts: Assembly, before: Mapping[str, Path]) -> Summary:
     if plan.task.metric.key not in summary:
         summary = _fit_and_finish(plan, parts, before)
     _meet()  # what the first rank has written decides which runs follow
-    key = plan.task.metric.key
-    for name, companion in plan.task.beside(plan, read_arrays(run_dir / "arrays" / "order.npz")).items():
-        summary[f"{key}_{name}"] = run_once(companion_plan(plan, companion))[key]
+    order = read_arrays(run_dir / "arrays" / "order.npz")
+    beside = {name: companion_plan(plan, other) for name, other in plan.task.beside(plan, order).items()}
+    summary |= {
+        f"{plan.task.metric.key}_{name}": run_once(other)[plan.task.metric.key] for name, other in beside.items()
+    }
+    if beside and is_rank_zero():
+        keep_beside(plan, beside, summary)
     return summary
 
 

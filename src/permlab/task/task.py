@@ -51,6 +51,7 @@ class Task:
         metric: what runs are judged by.
         rows: what the report of a run and the tables over runs show.
         panels: curves of the figure `training`, in order: title, and metric by label of its line.
+        pictures: figures that show what a run is about; the first that it has is the one to open.
         compared_within: settings of the task that runs share if tables compare them.
     Args:
         spec: shape of the data.
@@ -60,6 +61,7 @@ class Task:
     permutes: ClassVar[str] = "items"
     exports: ClassVar[bool] = False
     panels: ClassVar[tuple[tuple[str, Mapping[str, str]], ...]] = ()
+    pictures: ClassVar[tuple[str, ...]] = ("comparison", "order", "training")
     compared_within: ClassVar[tuple[str, ...]] = ()
     metric: Metric
 
