@@ -41,6 +41,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
         return (yield)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_format() -> Iterator[None]:
+    """Runs draw their figures once, not thrice: tests/figure/test_draw.py looks at the other formats."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("permlab.figure.draw.FORMATS", ("png",))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
 """Side by side: our operations against other libraries and the published formulas, in alternating runs.
 
-    python benchmarks/ops.py [names ...] [--quick] [--json PATH] [--figure PATH]
+    python benchmarks/ops.py [names ...] [--quick] [--json PATH] [--figure PATH] [--redraw]
 
 All implementations of a row take turns in one process, with the same inputs and threads; ratios are medians over
 the rounds. Peak memory is that of a process of its own. The error is the largest deviation from float64, relative to
@@ -327,27 +327,73 @@ def growth(budget_s: float) -> dict[str, dict[str, Any]]:
     return result
 
 
-def draw(grown: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Cost against size, both logarithmic, with the exponent that was found and the one that is expected."""
+def draw(record: Mapping[str, Any], path: Path) -> None:
+    """Times of ours and of every peer by its name, and below how those of ours grow with the size.
+
+    Args:
+        record: what the JSON file holds.
+        path: of a PNG.
+    """
     import matplotlib
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
+    from permlab.figure.style import new_figure, save_figure, sign_figure, style
+
+    with matplotlib.rc_context(style()):
+        figure = new_figure(9.6, 12.0)
+        above, below = figure.subplots(2, 1, height_ratios=(2.6, 1))
+        _draw_peers(above, record["rows"])
+        _draw_growth(below, record["growth"])
+        versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("torch", "POT", "pygmtools", "mambapy"))
+        sign_figure(figure, f"float32, {record['device']}; {versions}")
+        save_figure(figure, path)
+
+
+def _draw_peers(axes: Any, rows: list[Mapping[str, Any]]) -> None:
+    """A line for every case with a peer: a dot for each implementation, and their names in the same order."""
+    from permlab.figure.style import PALETTE, REFERENCE
+
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["operation"], row["size"]), []).append(row)
+    # Cases of an operation stand together, in the order of the table.
+    names = list(dict.fromkeys(operation.split(",")[0] for operation, _ in found))
+    compared = [case for case in found if len(found[case]) > 1]
+    compared.sort(key=lambda case: names.index(case[0].split(",")[0]))
+    for place, case in enumerate(compared):
+        ordered = sorted(found[case], key=lambda row: row["both_ms"] or row["forward_ms"])
+        times = [row["both_ms"] or row["forward_ms"] for row in ordered]
+        axes.plot(times, [place] * len(times), color="#d9d9d9", linewidth=1.2, zorder=1)
+        for ms, row in zip(times, ordered, strict=True):
+            colour, size = (PALETTE[0], 8) if row["name"] == "ours" else (REFERENCE, 5.5)
+            axes.plot(ms, place, "o", color=colour, markersize=size, zorder=2)
+        words = [row["name"] + ("" if row["name"] == "ours" else f" {row['ratio']:,.1f}x") for row in ordered]
+        where = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8}
+        axes.annotate(",  ".join(words), (1.02, place), annotation_clip=False, **where)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(compared)), [f"{operation}\n{size}" for operation, size in compared], fontsize=8)
+    axes.set_ylim(len(compared) - 0.4, -0.6)
+    axes.margins(x=0.06)
+    axes.grid(axis="x", color="#eeeeee", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("forward and backward, ms (assign: forward)")
+    axes.set_title(
+        "ours (blue) and its peers, named from left to right,\nwith how many times as long they take", loc="left"
+    )
+
+
+def _draw_growth(axes: Any, grown: Mapping[str, Mapping[str, Any]]) -> None:
+    """Cost against size, both logarithmic, with the exponent that was found and the one that is expected."""
     from matplotlib.ticker import NullLocator
 
-    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    for name, line in grown.items():
+    from permlab.figure.style import PALETTE
+
+    for (name, line), colour in zip(grown.items(), PALETTE, strict=False):
         label = f"{name}: {line['exponent']:.2f} (expected {line['expected']})"
-        axes.loglog(line["sizes"], line["ms"], marker="o", markersize=4, label=label)
-    axes.set_xlabel("items, slots or tokens")
-    axes.set_ylabel("forward and backward, ms")
+        axes.loglog(line["sizes"], line["ms"], marker="o", markersize=4, color=colour, label=label)
+    axes.set(xlabel="items, slots or tokens", ylabel="forward and backward, ms", title="growth of ours")
     axes.set_xticks(sizes := next(iter(grown.values()))["sizes"], [str(size) for size in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(title="exponent of the upper half", fontsize=8, title_fontsize=8, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    axes.legend(title="exponent of the upper half", loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
 
 
 # Output
@@ -395,8 +441,14 @@ def main(arguments: list[str] | None = None) -> None:
         "--threads", type=int, help="threads of torch and of our kernels; torch's own number by default"
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results, with hardware and versions")
-    parser.add_argument("--figure", type=Path, metavar="PATH", help="also draw cost against size")
+    parser.add_argument("--figure", type=Path, metavar="PATH", help="also draw times and growth")
+    parser.add_argument("--redraw", action="store_true", help="measure nothing: draw --figure from what --json holds")
     options = parser.parse_args(arguments)
+    if options.redraw:
+        if not (options.json and options.figure):
+            parser.error("--redraw needs --json, which is read, and --figure")
+        draw(json.loads(options.json.read_text()), options.figure)
+        return
     if options.threads:
         torch.set_num_threads(options.threads)
     budget_s, rows = 0.5 if options.quick else 2.0, []
@@ -431,7 +483,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name, line in record["growth"].items():
             print(f"{name}: cost grows as {line['axis']}^{line['exponent']:.2f}, expected {line['expected']}")
         if options.figure:
-            draw(record["growth"], options.figure)
+            draw(record, options.figure)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(record, indent=2) + "\n")

@@ -1,13 +1,16 @@
 """The benchmarks themselves: peers compute what ours compute, and a table and a picture come out."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import ops
 import outer
 
+ROOT = Path(__file__).resolve().parents[1]
 CASES = [
     ops.sinkhorn_case(2, 8),
     ops.sorting_case(ops.soft_sort, ops.peers.soft_sort, 2, 8),
@@ -46,10 +49,20 @@ def test_gradients_of_the_peers_are_those_of_ours() -> None:
                 torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_a_picture_of_the_growth(tmp_path: Path) -> None:
-    line = {"axis": "n", "sizes": [2, 4, 8], "ms": [1.0, 2.0, 4.0], "exponent": 1.0, "expected": 1}
-    ops.draw({"something": line}, tmp_path / "bench.png")
-    assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
+def test_a_picture_of_the_peers_and_the_growth_from_the_json_alone(tmp_path: Path) -> None:
+    """The same file gives the same picture, which names every peer, and nothing is measured."""
+    record = ROOT / "results" / "bench.json"
+    pictures = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path in pictures:
+        ops.main(["--redraw", "--json", str(record), "--figure", str(path)])
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    rows = json.loads(record.read_text())["rows"]
+    axes = Figure().subplots()
+    ops._draw_peers(axes, rows)
+    words = " ".join(text.get_text() for text in axes.texts)
+    assert all(row["name"] in words for row in rows)
+    with pytest.raises(SystemExit):
+        ops.main(["--redraw", "--figure", str(pictures[0])])
 
 
 def test_the_parts_of_the_outer_benchmark_exist() -> None:

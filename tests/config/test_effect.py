@@ -35,6 +35,7 @@ CASES = [
     (["task=prune", "method=fixed", "task.kl_weight=1"], "task.kl_weight=1 has no effect with method=fixed"),
     (["task=prune", "task.sites=foldable", "task.coupling=independent"], "no effect with task.sites=foldable"),
     (["task=prune", "task.sites=stream", "task.within_heads=true"], "no effect with task.sites=stream"),
+    (["task=prune", "method=sinkhorn", "task.mask_backward=softmax"], "task.mask_backward=softmax has no effect"),
     (["task=prune", "optim.lr=0.1"], "optim.lr=0.1 has no effect with task=prune"),
     (["task=prune", "method=hybrid", "method.search=none", "method.num_search_swaps=9"], "num_search_swaps=9 has no"),
     (["task=lm", "data.vocab_size=300"], "data.vocab_size=300 has no effect with data.tokenizer=byte"),

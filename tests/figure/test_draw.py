@@ -38,22 +38,46 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def all_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("permlab.figure.draw.FORMATS", ("png", "pdf", "svg"))
+
+
 def names(paths: list[Path]) -> list[str]:
     return [path.stem for path in paths]
 
 
-def test_all_figures_and_the_same_bytes_twice(run_dir: Path) -> None:
+@pytest.mark.usefixtures("all_formats")
+def test_all_figures_and_the_same_bytes_twice_in_every_format(run_dir: Path) -> None:
     paths = draw_all(run_dir)
     assert names(paths) == ["order", "scores", "soft_matrix", "training", "confusion"]
-    first = [path.read_bytes() for path in paths]
-    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red"}):
-        assert [path.read_bytes() for path in draw_all(run_dir)] == first
-    assert sorted(path.name for path in (run_dir / "figures").iterdir()) == sorted(path.name for path in paths)
+    files = sorted((run_dir / "figures").iterdir())
+    assert files == sorted(path.with_suffix(suffix) for path in paths for suffix in (".png", ".pdf", ".svg"))
+    first = [path.read_bytes() for path in files]
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.hashsalt": None}):
+        draw_all(run_dir)
+    assert [path.read_bytes() for path in files] == first
     for path in paths:
         with Image.open(path) as image:
-            assert image.width >= 400
+            assert image.width >= 800
+            assert image.info["dpi"] == pytest.approx((200, 200), abs=0.1)
             assert np.asarray(image.convert("L")).std() > 1
+        assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+        assert "</svg>" in path.with_suffix(".svg").read_text()
     assert plt.get_fignums() == []
+
+
+def test_every_figure_says_what_it_is_of(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = {"task": {"component": "classify", "name": "classify"}, "data": {"name": "digits"}, "seed": 7}
+    start_run(run_dir, CONFIG | named | {"model": {"name": "vit"}, "method": CONFIG["method"] | {"name": "sinkhorn"}})
+    signs = []
+    monkeypatch.setattr("permlab.figure.style.save_figure", lambda figure, *_: signs.append(figure.get_suptitle()))
+    assert len(draw_all(run_dir)) == len(signs) == 5
+    assert set(signs) == {"task classify, data digits, model vit, method sinkhorn, seed 7"}
+
+
+def test_some_figures_only(run_dir: Path) -> None:
+    assert names(draw_all(run_dir, ["order", "comparison"])) == ["order"]
 
 
 def test_snapshots_come_in_the_order_of_their_steps(run_dir: Path) -> None:

@@ -24,13 +24,20 @@ def test_every_panel_draws_its_metrics() -> None:
         "loss": {"train": [[50, 2.0], [100, math.inf], [150, 1.0]], "validation": [[100, 1.5]]},
         "accuracy": {"validation": [[100, 0.5]]},
         "temperature": {"temperature": [[50, 0.3], [150, 0.1]]},
-        "permutation": {"Kendall to start": [[50, 1.0], [150, 0.5]]},
+        "permutation": {"Kendall's tau to\nthe starting order": [[50, 1.0], [150, 0.5]]},
     }
 
 
 def test_panels_without_data_are_left_out() -> None:
     figure = training_figure([{"step": 1, "train/loss": 1.0}])
     assert [axes.get_ylabel() for axes in figure.axes] == ["loss"]
+
+
+def test_panels_whose_numbers_stay_are_left_out_beside_others() -> None:
+    level = [{"step": step, "permutation/temperature": 0.3} for step in (1, 2)]
+    assert [axes.get_ylabel() for axes in training_figure(level).axes] == ["temperature"]
+    moving = [record | {"train/loss": 1 / record["step"]} for record in level]
+    assert [axes.get_ylabel() for axes in training_figure(moving).axes] == ["loss"]
 
 
 def test_phases_are_named_where_they_last() -> None:

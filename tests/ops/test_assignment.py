@@ -76,6 +76,47 @@ def test_ties_are_broken_the_same_way_and_stay_optimal():
         assert total(table, order) == best_total(table)
 
 
+# Every kind has ties: equal scores, few values, blocks of equal ones, sums of a row's and a column's.
+TIED = {
+    "constant": lambda n: torch.full((n, n), 0.1, dtype=torch.float64),
+    "zero or one": lambda n: (torch.rand(n, n) < 0.8).double(),
+    "few values": lambda n: torch.randint(-1, 2, (n, n)).double() / 3,
+    "blocks": lambda n: torch.block_diag(torch.ones(n // 2, n // 2), torch.ones(n - n // 2, n - n // 2)).double(),
+    "sums": lambda n: torch.randn(n, 1, dtype=torch.float64) + torch.randn(1, n, dtype=torch.float64),
+    "forbidden": lambda n: torch.zeros(n, n, dtype=torch.float64).masked_fill(torch.rand(n, n) < 0.3, -INF),
+    "diagonal": lambda n: torch.eye(n, dtype=torch.float64) + torch.randint(0, 2, (n, n)),
+}
+
+
+@pytest.mark.parametrize("kind", TIED)
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_the_identity_where_no_permutation_is_better(kind, n):
+    found = 0
+    tables = [table for table in (TIED[kind](n) for _ in range(30)) if best_total(table.tolist()) > -INF]
+    orders = assign(torch.stack(tables)) if tables else []
+    for table, order in zip(tables, orders, strict=True):
+        best, rows = best_total(table.tolist()), table.tolist()
+        assert total(rows, order.tolist()) == pytest.approx(best, abs=1e-12)
+        assert torch.equal(assign(table), order)
+        if total(rows, range(n)) >= best - 1e-12:
+            found += 1
+            assert order.tolist() == list(range(n))
+    assert found > 0
+
+
+@pytest.mark.parametrize("n", [17, 196])
+def test_equal_scores_move_nothing_at_any_size(n):
+    tables = torch.stack([torch.zeros(n, n), torch.full((n, n), 1e20), torch.rand(n, 1).expand(n, n)])
+    assert torch.equal(assign(tables), torch.arange(n).expand(3, n))
+
+
+def test_a_better_permutation_is_taken_however_small_its_gain():
+    # The gain of one pair is lost in the sum of all scores, not in that of the pair.
+    scores = torch.diag(torch.tensor([1e20, 1.0, 1.0], dtype=torch.float64))
+    scores[1, 2] = scores[2, 1] = 1 + 1e-12
+    assert assign(scores).tolist() == [0, 2, 1]
+
+
 def test_forbidden_pairs_are_avoided_at_any_price():
     scores = torch.randn(30, 4, 4, dtype=torch.float64)
     scores[torch.rand(scores.shape) < 0.3] = -INF

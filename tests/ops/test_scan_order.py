@@ -47,7 +47,53 @@ def by_peeling_and_turning(height, width):
     return np.array(path)
 
 
+def by_cropping(ranks, height, width):
+    """Cells of a rectangle by the rank that a larger square gives them."""
+    return ranks[:height, :width].argsort(axis=None)
+
+
+def by_cropping_hilberts_curve(height, width):
+    side = 1 << (max(height, width) - 1).bit_length()
+    ranks = np.empty((side, side), int)
+    for rank, (row, column) in enumerate(hilbert_by_bits(side)):
+        ranks[row, column] = rank
+    return by_cropping(ranks, height, width)
+
+
+def by_cropping_nested_blocks(height, width):
+    """REOrder's recursion in rank matrices: blocks of blocks, read by rows (0, 2) or by columns (1, 3)."""
+    turns = {0: [[0, 1, 0], [3, 0, 2], [0, 1, 0]], 2: [[2, 3, 2], [0, 2, 1], [2, 3, 2]]}
+    # By columns: the first index is that of the column.
+    turns |= {1: [[1, 0, 1], [2, 1, 3], [1, 0, 1]], 3: [[3, 2, 3], [0, 3, 1], [3, 2, 3]]}
+    ranks = dict.fromkeys(turns, np.zeros((1, 1), int))
+    while len(ranks[0]) < max(height, width):
+        cells, larger = ranks[0].size, {}
+        for turn, inner in turns.items():
+            blocks = [[ranks[inner[i][j]] + (3 * i + j) * cells for j in range(3)] for i in range(3)]
+            larger[turn] = np.block(blocks if turn % 2 == 0 else [list(row) for row in zip(*blocks, strict=True)])
+        ranks = larger
+    return by_cropping(ranks[0], height, width)
+
+
+def by_cropping_peanos_curve(height, width):
+    """Peano's definition by digits in base 3: one is turned over where the other coordinate's before it are odd."""
+    digits = 0
+    while 3**digits < max(height, width):
+        digits += 1
+    ranks = np.empty((3**digits, 3**digits), int)
+    for rank in range(9**digits):
+        t = [rank // 3**place % 3 for place in range(2 * digits - 1, -1, -1)]
+        column = [2 - t[2 * i] if sum(t[1 : 2 * i : 2]) % 2 else t[2 * i] for i in range(digits)]
+        row = [2 - t[2 * i + 1] if sum(t[0 : 2 * i + 1 : 2]) % 2 else t[2 * i + 1] for i in range(digits)]
+        place = tuple(sum(d * 3 ** (digits - 1 - i) for i, d in enumerate(part)) for part in (row, column))
+        ranks[place] = rank
+    return by_cropping(ranks, height, width)
+
+
 ORACLES = {
+    "peano": by_cropping_peanos_curve,
+    "reorder_hilbert": by_cropping_hilberts_curve,
+    "reorder_peano": by_cropping_nested_blocks,
     "row": by_row,
     "column": by_column,
     "snake": by_flipping_every_other_row,
@@ -119,6 +165,17 @@ def test_hilbert_is_hilberts_curve_on_powers_of_two(side):
     assert scan_order("hilbert", side, side).tolist() in variants
 
 
+@pytest.mark.parametrize("side", [3, 9, 27])
+def test_peano_is_contiguous_on_powers_of_three(side):
+    assert (steps("peano", side, side) == 1).all()
+
+
+def test_reorders_hilbert_curve_jumps_as_its_code_does_on_14_by_14():
+    taken = steps("reorder_hilbert", 14, 14)
+    assert taken.max() == 3
+    assert (taken == 1).mean() == pytest.approx(0.974, abs=5e-4)
+
+
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (14, 14), (14, 15), (15, 14), (13, 13), (9, 40), (30, 17)])
 def test_hilbert_stays_nearer_than_a_snake(height, width):
     def mean_distance(name, gap):
@@ -157,7 +214,7 @@ def test_random_is_spread_over_all_orders():
 
 
 def test_names():
-    assert len(set(NAMES)) == len(NAMES) == 16
+    assert len(set(NAMES)) == len(NAMES) == 22
     for name in NAMES:
         check_name(name)
     assert parse_name("reverse(hilbert)") == parse_name("reverse_hilbert") == ("hilbert", 0, True)

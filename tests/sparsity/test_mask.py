@@ -1,5 +1,7 @@
 """N:M masks under a permutation and back, and the gradients that they are given."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -58,7 +60,7 @@ def permuted_there_and_back(order: Tensor, scores: Tensor, n: int, m: int) -> Te
     return mask
 
 
-def straight_through_mask(soft: Tensor, order: Tensor, scores: Tensor, **options: float) -> Tensor:
+def straight_through_mask(soft: Tensor, order: Tensor, scores: Tensor, **options: Any) -> Tensor:
     """The mask alone, by group: weights of one, and groups one after the other."""
     flat = scores.flatten(0, 1)
     base = torch.arange(len(flat))
@@ -90,14 +92,28 @@ def dense_straight_through(soft: Tensor, order: Tensor, scores: Tensor, n: int, 
     return matrix.mT @ (keep + (share - share.detach()))
 
 
+def dense_permllm(soft: Tensor, order: Tensor, scores: Tensor, n: int, m: int, temperature: float) -> Tensor:
+    """As PermLLM's code has it: hard mask and softmax are both mapped back before one stands for the other."""
+    matrix = order_to_matrix(order).to(soft.dtype) + (soft - soft.detach())
+    slots = matrix @ scores
+    keep = torch.stack([keep_by_sorting(group, n, m) for group in slots.detach()]).to(soft.dtype)
+    hard_mask, soft_mask = matrix.mT @ keep, matrix.mT @ softmax_of_every_m(slots, m, temperature)
+    return (hard_mask - soft_mask).detach() + soft_mask
+
+
+DENSE = {"hard": dense_straight_through, "softmax": dense_permllm}
+
+
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
-def test_the_gradient_is_that_of_the_dense_estimator(n: int, m: int, temperature: float) -> None:
+@pytest.mark.parametrize("backward", DENSE)
+def test_the_gradient_is_that_of_the_dense_estimator(n: int, m: int, temperature: float, backward: str) -> None:
     scores, order = torch.rand(2, 3 * m, 5).double(), random_orders(2, 3 * m)
     soft = torch.rand(2, 3 * m, 3 * m).double().softmax(-1).requires_grad_()
     cost = torch.randn(2, 3 * m, 5).double()
-    ours = straight_through_mask(soft, order, scores, n=n, m=m, mask_temperature=temperature)
-    theirs = dense_straight_through(soft, order, scores, n, m, temperature)
+    options = {"n": n, "m": m, "mask_temperature": temperature, "mask_backward": backward}
+    ours = straight_through_mask(soft, order, scores, **options)
+    theirs = DENSE[backward](soft, order, scores, n, m, temperature)
     torch.testing.assert_close(ours, theirs.detach())
     # A nonlinear loss, so that the gradient depends on the mask.
     found, expected = (torch.autograd.grad((cost * mask + mask**3 * cost**2).sum(), soft)[0] for mask in (ours, theirs))

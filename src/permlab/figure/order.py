@@ -5,13 +5,15 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection, PatchCollection
+from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.image import AxesImage
 
 from permlab.figure.style import PALETTE, SEQUENTIAL, new_figure
 from permlab.record.stored import read_arrays, read_snapshots
+
+FEW = 144  # patches that are numbered
 
 
 def draw(run_dir: Path) -> Figure | None:
@@ -30,15 +32,17 @@ def draw(run_dir: Path) -> Figure | None:
 def order_figure(
     start: np.ndarray, order: np.ndarray, *, grid: tuple[int, int], mean_image: np.ndarray | None, name: str = "learned"
 ) -> Figure:
-    """Starting and learned order side by side: above as a path, below as the rank of every patch.
+    """Starting and learned order side by side: above the rank of every patch, below the path over the mean image.
 
-    Where every image has its own order, their mean rank is shown, and the path that follows it.
+    Steps to a neighbouring patch are thick and jumps are thin, the longer the paler. Where every image has its
+    own order, their mean rank is shown, and the path that follows it. An order that is still the starting one
+    is shown once.
 
     Args:
         start: int `[n]`, gather indices.
         order: int `[n]`, or `[b, n]` for several.
         grid: rows and columns, with n = rows * columns.
-        mean_image: `[height, width]` in pixels, the background.
+        mean_image: `[height, width]` in pixels, the background of the path.
         name: of the right-hand order, for its title.
     Raises:
         ValueError: if the grid does not have n patches.
@@ -48,21 +52,25 @@ def order_figure(
         raise ValueError(f"orders of shape {start.shape} and {order.shape} do not fit a {height}x{width} grid")
     ranks = [_mean_rank(start), _mean_rank(order)]
     several = f", mean of {len(order)}" if order.ndim > 1 else ""
-    titles = ["start", f"{name}{several} (Kendall {kendall(*ranks):+.2f} to start)"]
+    titles = ["starting order", f"{name} order{several}, Kendall's tau to the starting one {kendall(*ranks):+.2f}"]
+    if np.array_equal(*ranks):
+        ranks, titles = ranks[:1], [f"{name} order, which is the starting one"]
     if height == 1:
         return _sequence_figure(ranks, titles)
-    figure = new_figure(9.6, 8.2 * min(max(height / width, 0.4), 1.5) + 1.2)
-    axes = figure.subplots(2, 2)
-    norm = Normalize(0, height * width - 1)
+    figure = new_figure(4.8 * len(ranks) + 0.4, 8.4 * min(max(height / width, 0.4), 1.5) + 1.4)
+    axes = figure.subplots(2, len(ranks), squeeze=False)
+    norm = Normalize(0, max(1, height * width - 1))
     for column, (rank, title) in enumerate(zip(ranks, titles, strict=True)):
-        for row in range(2):
-            _background(axes[row, column], grid, mean_image)
         axes[0, column].set_title(title)
-        _draw_path(axes[0, column], np.argsort(rank, kind="stable"), grid, norm)
-        mappable = _draw_ranks(axes[1, column], rank.reshape(grid), norm)
-    axes[0, 0].set_ylabel("path")
-    axes[1, 0].set_ylabel("slot of each patch")
-    figure.colorbar(mappable, ax=axes, shrink=0.6, label="slot (0 is read first)")
+        mappable = _draw_ranks(axes[0, column], rank.reshape(grid), norm)
+        _background(axes[1, column], grid, mean_image)
+        _draw_path(axes[1, column], np.argsort(rank, kind="stable"), grid, norm)
+    axes[0, 0].set_ylabel("slot of each patch")
+    axes[1, 0].set_ylabel("path over the mean image" if mean_image is not None else "path")
+    bar = figure.colorbar(mappable, ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02)
+    bar.set_label("slot, 0 is read first")
+    handles = axes[1, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower right", ncols=2, handletextpad=0.2)
     return figure
 
 
@@ -77,49 +85,61 @@ def _mean_rank(order: np.ndarray) -> np.ndarray:
     return np.argsort(np.atleast_2d(order), axis=-1).mean(0)
 
 
-def _background(axes: Axes, grid: tuple[int, int], mean_image: np.ndarray | None) -> None:
-    height, width = grid
-    image = np.ones(grid) if mean_image is None else mean_image
-    low, high = (0, 1) if mean_image is None else (float(image.min()), float(image.max()))
-    axes.imshow(image, cmap="gray", vmin=low, vmax=high, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+def _bare(axes: Axes) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)
 
 
+def _background(axes: Axes, grid: tuple[int, int], mean_image: np.ndarray | None) -> None:
+    """The mean image, pale and with its bright parts dark, so that a path in colours is seen on it."""
+    height, width = grid
+    image = np.zeros(grid) if mean_image is None else mean_image
+    low, high = float(image.min()), float(image.max())
+    spread = max(high - low, 1e-9)
+    axes.imshow(image, cmap="gray_r", vmin=low, vmax=low + 3 * spread, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+    _bare(axes)
+
+
 def _draw_path(axes: Axes, order: np.ndarray, grid: tuple[int, int], norm: Normalize) -> None:
     rows, columns = np.divmod(order, grid[1])
     points = np.stack([columns, rows], axis=-1).astype(float)
-    segments = list(np.stack([points[:-1], points[1:]], axis=1))
-    # A white line underneath keeps the path visible on any background.
-    axes.add_collection(LineCollection(segments, colors="white", linewidths=3.4, capstyle="round"))
-    line = LineCollection(segments, cmap=SEQUENTIAL, norm=norm, linewidths=2, capstyle="round")
-    line.set_array(np.arange(len(segments)) + 0.5)
-    axes.add_collection(line)
-    for point, marker, label in ((points[0], "o", "start"), (points[-1], "s", "end")):
+    segments = np.stack([points[:-1], points[1:]], axis=1)
+    lengths = np.hypot(*(points[1:] - points[:-1]).T)
+    is_near = lengths < 1.5  # beside or across a corner
+    slots = np.arange(len(segments)) + 0.5
+    # Jumps lie beneath, and fade with their length: many long lines would hide everything else.
+    jumps = LineCollection(list(segments[~is_near]), cmap=SEQUENTIAL, norm=norm, linewidths=0.9)
+    jumps.set_array(slots[~is_near])
+    if not is_near.all():  # Matplotlib refuses none
+        jumps.set_alpha(np.clip(1.6 / lengths[~is_near], 0.25, 1.0))
+    near = LineCollection(list(segments[is_near]), cmap=SEQUENTIAL, norm=norm, linewidths=3.2, capstyle="round")
+    near.set_array(slots[is_near])
+    axes.add_collection(jumps)
+    axes.add_collection(near)
+    for point, marker, label in ((points[0], "o", "read first"), (points[-1], "s", "read last")):
         (drawn,) = axes.plot(*point, marker, label=label, linestyle="none", zorder=3)
         drawn.set(markersize=11, markerfacecolor=PALETTE[1], markeredgecolor="white", markeredgewidth=1.5)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2, handletextpad=0.2)
 
 
-def _draw_ranks(axes: Axes, rank: np.ndarray, norm: Normalize) -> PatchCollection:
-    """Squares a little smaller than a patch, so that true colours and the image around them both show."""
-    squares = [Rectangle((column - 0.36, row - 0.36), 0.72, 0.72) for row, column in np.ndindex(rank.shape)]
-    collection = PatchCollection(squares, cmap=SEQUENTIAL, norm=norm, edgecolors="none")
-    collection.set_array(rank.flatten())
-    axes.add_collection(collection)
-    if rank.size <= 100:
+def _draw_ranks(axes: Axes, rank: np.ndarray, norm: Normalize) -> AxesImage:
+    image = axes.imshow(rank, cmap=SEQUENTIAL, norm=norm, interpolation="nearest")
+    _bare(axes)
+    if rank.size <= FEW:
+        size = 9 if rank.size <= 100 else 7
         for (row, column), value in np.ndenumerate(rank):
             colour = "white" if norm(value) < 0.6 else "black"
-            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=9, color=colour)
-    return collection
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=size, color=colour)
+    return image
 
 
 def _sequence_figure(ranks: Sequence[np.ndarray], titles: Sequence[str]) -> Figure:
     """For items in a row: the slot of each item."""
-    figure = new_figure(9.6, 4.6)
-    for axes, rank, title in zip(figure.subplots(1, 2, sharey=True), ranks, titles, strict=True):
+    figure = new_figure(4.8 * len(ranks), 4.6)
+    for axes, rank, title in zip(
+        figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0], ranks, titles, strict=True
+    ):
         axes.scatter(np.arange(len(rank)), rank, c=rank, cmap=SEQUENTIAL, s=16)
         axes.set(title=title, xlabel="item", ylabel="slot (0 is read first)")
         axes.label_outer()

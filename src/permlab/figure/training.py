@@ -18,7 +18,10 @@ from permlab.record.rundir import read_metrics
 ABOVE = (("loss", {"train": "train/loss", "validation": "val/loss"}),)
 BELOW = (
     ("temperature", {"temperature": "permutation/temperature"}),
-    ("permutation", {"Kendall to start": "permutation/kendall", "entropy (1 = uniform)": "permutation/entropy"}),
+    (
+        "permutation",
+        {"Kendall's tau to\nthe starting order": "permutation/kendall", "entropy, 1 is uniform": "permutation/entropy"},
+    ),
 )
 PHASE_SHADES = {"warmup": "#f3e6d8", "active": "#ffffff", "frozen": "#dfe8f1"}
 
@@ -58,7 +61,7 @@ def _phases(config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> 
 def training_figure(records: Sequence[Mapping[str, Any]], phases: Sequence[Phase] = (), panels: Panels = ()) -> Figure:
     """Loss, what the task names, temperature and distance from the start, one above the other.
 
-    Panels without data are left out.
+    Panels without data are left out, and beside others those whose numbers stay what they are.
 
     Args:
         records: lines of `metrics.jsonl`.
@@ -71,6 +74,7 @@ def training_figure(records: Sequence[Mapping[str, Any]], phases: Sequence[Phase
     panels = [(title, lines) for title, lines in wanted if any(_curve(records, key)[0].size for key in lines.values())]
     if not panels:
         raise ValueError(f"none of {len(records)} records has a metric to draw")
+    panels = [(title, lines) for title, lines in panels if _moves(records, lines)] or panels
     figure = new_figure(9.6, 2.0 * len(panels) + 1.0)
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (title, lines) in zip(rows, panels, strict=True):
@@ -93,6 +97,12 @@ def _draw_lines(axes: Axes, records: Sequence[Mapping[str, Any]], lines: Mapping
     if len(lines) > 1:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.margins(x=0.01)
+
+
+def _moves(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str]) -> bool:
+    """Whether some line is not level; a single point may yet become one that is not."""
+    curves = [values for key in lines.values() if (values := _curve(records, key)[1]).size]
+    return any(values.size == 1 or np.unique(values).size > 1 for values in curves)
 
 
 def _curve(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:

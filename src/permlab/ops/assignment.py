@@ -14,8 +14,9 @@ from permlab.ops.threads import run_tasks
 def assign(scores: Float[Tensor, "*b n n"]) -> Int64[Tensor, "*b n"]:
     """Order of the permutation with the largest sum of scores (a maximum-weight perfect matching).
 
-    Among several best permutations it returns the same one every time. The result carries no
-    gradient.
+    Among several best permutations it returns the identity if that is one, and else the same one
+    every time: equal scores, which say nothing, move nothing. What sums differ by in their rounding
+    to float64 is no difference. The result carries no gradient.
 
     Shapes:
         b: any number of batch axes, possibly none.  n: slots (axis -2) and items (axis -1).
@@ -34,6 +35,8 @@ def assign(scores: Float[Tensor, "*b n n"]) -> Int64[Tensor, "*b n"]:
     Example:
         >>> assign(torch.tensor([[1.0, 3.0], [2.0, 3.5]]))
         tensor([1, 0])
+        >>> assign(torch.zeros(3, 3))
+        tensor([0, 1, 2])
     """
     if not scores.is_floating_point():
         raise ValueError(f"scores are floating point, got {scores.dtype}")

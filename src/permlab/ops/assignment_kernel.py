@@ -112,9 +112,48 @@ def _augment(cost, price, row_of, column_of, start, distance, settled, previous,
         end = after
 
 
+@piece
+@no_type_check
+def _is_cheapest_in_every_row(cost):
+    """Whether no entry is less than that of its row on the diagonal."""
+    for i in range(cost.shape[0]):
+        least = cost[i, i]
+        if not least < np.inf:
+            return False
+        for j in range(cost.shape[0]):
+            if cost[i, j] < least:
+                return False
+    return True
+
+
+@piece
+@no_type_check
+def _prefer_identity(cost, column_of, done):
+    """On every cycle of the assignment on which the identity costs no more, up to rounding, take the identity.
+
+    An assignment of least cost is one on each of its cycles, so if the identity is one as well, this gives it.
+    """
+    done[:] = 0
+    for start in range(done.size):
+        gain = size = 0.0
+        length, i = 0, start
+        while done[i] == 0:
+            done[i] = 1
+            gain += cost[i, i] - cost[i, column_of[i]]
+            size += abs(cost[i, i]) + abs(cost[i, column_of[i]])
+            length += 1
+            i = column_of[i]
+        if length < 2 or not size < np.inf or gain > 2.3e-16 * length * size:
+            continue
+        for _ in range(length):
+            after = column_of[i]
+            column_of[i] = i
+            i = after
+
+
 @no_type_check
 def _assign(first, last, costs, orders, feasible):
-    """The assignment of least cost of matrices first..last - 1.
+    """The assignment of least cost of matrices first..last - 1, the identity where there is none of less.
 
     Shapes:
         costs: [batch, n, n], inf where a pair is forbidden.  orders: [batch, n], the column of every row.
@@ -125,6 +164,10 @@ def _assign(first, last, costs, orders, feasible):
     row_of, free, previous, done = np.empty((4, n), np.int64)
     for item in range(first, last):
         cost, column_of = costs[item], orders[item]
+        if _is_cheapest_in_every_row(cost):
+            column_of[:] = np.arange(n)
+            feasible[item] = True
+            continue
         row_of[:] = -1
         column_of[:] = -1
         price[:] = 0
@@ -134,6 +177,8 @@ def _assign(first, last, costs, orders, feasible):
             if found:
                 found = _augment(cost, price, row_of, column_of, free[k], distance, settled, previous, done, lanes)
         feasible[item] = found
+        if found:
+            _prefer_identity(cost, column_of, done)
 
 
 @cache

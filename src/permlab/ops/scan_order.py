@@ -64,6 +64,11 @@ def scan_order(name: str, height: int, width: int) -> "torch.Tensor":
       top-right, each downwards to the right.
     - `hilbert`: a generalised Hilbert curve from the top-left corner. On every rectangle each
       step goes to a neighbouring cell; on a square with a power of two for side it is Hilbert's curve.
+    - `peano`: Peano's curve on the next power of three, without the cells outside the grid; on a
+      square with a power of three for side each step goes to a neighbouring cell, elsewhere it jumps.
+    - `reorder_hilbert`, `reorder_peano`: as REOrder's code has them. The first is Hilbert's curve on
+      the next power of two without the cells outside, which jumps; the second, `peano` there, reads
+      nested blocks of 3 x 3 row by row or column by column and is not Peano's curve.
     - `spiral`: from the top-left corner right, down, left and up, inwards.
     - `random`: drawn once, from seed 0; `random_7` or `random(7)` from seed 7.
     - `reverse_<name>` or `reverse(<name>)`: the same path walked from its end.
@@ -78,11 +83,13 @@ def scan_order(name: str, height: int, width: int) -> "torch.Tensor":
         int64 gather indices on the CPU: slot i takes cell `order[i]`.
     Raises:
         ValueError: if the name is unknown, with the nearest valid one, or a side is below 1.
-    Source: Kutscher et al. 2025, REOrder, arXiv:2505.23751 (column, diagonal, spiral; its
-        snake is `zigzag` here); generalised Hilbert curve after J. Cerveny's gilbert.
-    Differs from source: REOrder crops a Hilbert curve on the next power of two, which jumps;
-        gilbert makes a diagonal step on some rectangles with an odd side, ours never does.
-    Cost: O(n) time, in Python; O(n log n) for random.
+    Source: Kutscher et al. 2025, REOrder, arXiv:2505.23751 (column, diagonal, spiral,
+        reorder_hilbert, reorder_peano; its snake is `zigzag` here); generalised Hilbert curve after
+        J. Cerveny's gilbert.
+    Differs from source: gilbert makes a diagonal step on some rectangles with an odd side, ours
+        never does.
+    Cost: O(n) time, in Python; O(n log n) for random; for curves that leave out cells O(m^2), m
+        being up to two or three times the longer side.
     Example:
         >>> scan_order("snake", 2, 3)
         tensor([0, 1, 2, 5, 4, 3])
@@ -193,6 +200,59 @@ def _even_half(size: int) -> int:
     return 2 * ((size + 2) // 4)
 
 
+def _cropped(cells: Cells, height: int, width: int) -> Cells:
+    return ((row, column) for row, column in cells if row < height and column < width)
+
+
+def _power(base: int, height: int, width: int) -> int:
+    """The least power of the base that no side exceeds."""
+    side = 1
+    while side < max(height, width):
+        side *= base
+    return side
+
+
+def _reorder_hilbert(height: int, width: int) -> Cells:
+    side = _power(2, height, width)
+    cells = _curve(0j, 1j, 1 + 0j, side, side)
+    return _cropped(((round(cell.imag), round(cell.real)) for cell in cells), height, width)
+
+
+def _peano(height: int, width: int) -> Cells:
+    return _cropped(_peano_block(0, 0, _power(3, height, width), False, False), height, width)
+
+
+def _peano_block(top: int, left: int, side: int, up: bool, leftwards: bool) -> Cells:
+    """Walk a square from one corner to the opposite one, third by third, each column of thirds against the last."""
+    if side == 1:
+        yield top, left
+        return
+    third = side // 3
+    for column in range(3):
+        for row in range(3):
+            is_up, is_leftwards = up != (column == 1), leftwards != (row == 1)
+            below, beside = (2 - row if is_up else row), (2 - column if leftwards else column)
+            yield from _peano_block(top + third * below, left + third * beside, third, is_up, is_leftwards)
+
+
+# How REOrder turns the nine blocks of a block, as they are visited: even ones go by rows, odd ones by columns.
+_REORDER_TURNS = ("010302010", "101213101", "232021232", "323031323")
+
+
+def _reorder_peano(height: int, width: int) -> Cells:
+    return _cropped(_reorder_block(0, 0, _power(3, height, width), 0), height, width)
+
+
+def _reorder_block(top: int, left: int, side: int, turn: int) -> Cells:
+    if side == 1:
+        yield top, left
+        return
+    third = side // 3
+    for place, inner in enumerate(_REORDER_TURNS[turn]):
+        row, column = divmod(place, 3) if turn % 2 == 0 else divmod(place, 3)[::-1]
+        yield from _reorder_block(top + third * row, left + third * column, third, int(inner))
+
+
 def _random(num_cells: int, seed: int) -> list[int]:
     # Of Python's generators only random() promises the same numbers in every later version.
     generator = random.Random(seed)
@@ -207,6 +267,9 @@ _PATHS = {
     "zigzag": _zigzag,
     "diagonal": _diagonal,
     "hilbert": _hilbert,
+    "peano": _peano,
+    "reorder_hilbert": _reorder_hilbert,
+    "reorder_peano": _reorder_peano,
     "spiral": _spiral,
 }
 _BASES = (*_PATHS, "random")

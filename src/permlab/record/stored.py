@@ -11,12 +11,16 @@ from permlab.config.check import plan_of
 from permlab.config.plan import Plan
 from permlab.config.schema import COMPONENT_GROUPS, GROUPS, added_later, is_component
 from permlab.errors import ConfigError
+from permlab.record.rundir import read_metrics
 
 if TYPE_CHECKING:
     import numpy as np
 
 # What NumPy raises for a file that is no .npz, or one that is cut short, garbled, or holds pickled objects.
 UNREADABLE_ARRAYS = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
+
+# Validation curves of the runs that one is compared with, by their names, in its directory.
+BESIDE = Path("arrays", "beside.npz")
 
 
 def read_plan(run_dir: Path) -> Plan:
@@ -68,3 +72,15 @@ def read_arrays(path: Path) -> "dict[str, np.ndarray]":
 def read_snapshots(run_dir: Path) -> "list[dict[str, np.ndarray]]":
     """Snapshots of the permutation, by ascending step."""
     return [read_arrays(path) for path in sorted((run_dir / "arrays").glob("step=*.npz"))]
+
+
+def read_curve(run_dir: Path, key: str) -> "np.ndarray":
+    """Steps of a run and a metric that it logged at them, `[k, 2]`.
+
+    Raises:
+        ValueError: if `metrics.jsonl` cannot be read.
+    """
+    import numpy as np
+
+    points = [(record["step"], record[key]) for record in read_metrics(run_dir) if key in record]
+    return np.array(points, dtype=float).reshape(-1, 2)

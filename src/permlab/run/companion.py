@@ -12,8 +12,10 @@ from typing import Any
 from permlab.config.check import plan_of
 from permlab.config.compose import resolve_train
 from permlab.config.plan import Plan
+from permlab.figure.draw import draw_all
 from permlab.record.pulse import duration, say
-from permlab.record.rundir import is_done, is_rank_zero
+from permlab.record.rundir import is_done, is_rank_zero, write_json, write_npz
+from permlab.record.stored import BESIDE, read_curve
 from permlab.task.task import Companion
 
 
@@ -36,6 +38,15 @@ def _composed(words: tuple[str, ...]) -> dict[str, Any]:
 
 def companion_directory(plan: Plan, companion: Companion) -> Path:
     return companion.run or companion_plan(plan, companion).directory
+
+
+def keep_beside(plan: Plan, beside: Mapping[str, Plan], summary: Mapping[str, float]) -> None:
+    """Keep the curves of finished runs in the directory of the one they are compared with, and draw the comparison."""
+    key = plan.task.metric.validation_key
+    write_npz(plan.directory / BESIDE, **{name: read_curve(other.directory, key) for name, other in beside.items()})
+    write_json(plan.directory / "summary.json", summary)
+    if plan.config["figures"]:
+        draw_all(plan.directory, ["comparison"])
 
 
 def _has(config: Mapping[str, Any], dotted: str) -> bool:

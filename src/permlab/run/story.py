@@ -35,7 +35,7 @@ from permlab.record.rundir import (
 from permlab.record.stored import read_arrays
 from permlab.run import trainer as lightning
 from permlab.run.assembly import Assembly, assemble, opening, place
-from permlab.run.companion import companion_plan, shared
+from permlab.run.companion import companion_plan, keep_beside, shared
 from permlab.run.outlook import Outlook, name_of
 from permlab.study.report import print_report
 from permlab.task.guard import NonFiniteGuard
@@ -139,10 +139,13 @@ def _tell(plan: Plan, parts: Assembly, before: Mapping[str, Path], outlook: Outl
     if plan.task.metric.key not in summary:
         summary = _fit_and_finish(plan, parts, before, display)
     _meet()  # what the first rank has written decides which runs follow
-    key = plan.task.metric.key
-    for name, companion in plan.task.beside(plan, read_arrays(run_dir / "arrays" / "order.npz")).items():
-        other = companion_plan(plan, companion)
-        summary[f"{key}_{name}"] = run_once(other, outlook, companion.label or name)[key]
+    key, order = plan.task.metric.key, read_arrays(run_dir / "arrays" / "order.npz")
+    beside: dict[str, Plan] = {}
+    for name, companion in plan.task.beside(plan, order).items():
+        beside[name] = companion_plan(plan, companion)
+        summary[f"{key}_{name}"] = run_once(beside[name], outlook, companion.label or name)[key]
+    if beside and is_rank_zero():
+        keep_beside(plan, beside, summary)
     return summary
 
 

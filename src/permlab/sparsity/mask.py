@@ -1,6 +1,7 @@
 """N:M masks in a permuted channel order, mapped back to the original one, with a gradient for the permutation."""
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -38,13 +39,15 @@ def straight_through_prune(
     n: int,
     m: int,
     mask_temperature: float,
+    mask_backward: Literal["hard", "softmax"] = "hard",
 ) -> Float[Tensor, "k r"]:
     """Weights under the hard N:M mask of a hard order, with gradients for the soft matrix.
 
     Forward: channels are brought into the order, the best n of every m are kept, and the mask is
     mapped back. Backward: the permutation on both ways is taken for the soft matrix, and the
     choice of the best for a softmax over each m, of the scores over `mask_temperature` times
-    their mean.
+    their mean. On the way back the soft matrix multiplies a mask, which its gradient is
+    proportional to: the hard one, or the softmax.
 
     Shapes:
         k: channels.  r: rows of the weights.  g: groups.  s: channels of a group, k / g.
@@ -56,15 +59,19 @@ def straight_through_prune(
         base: the order that groups and their permutations start from.
         n, m: n kept of every m.
         mask_temperature: of the softmax, in units of the mean score.
+        mask_backward: the mask that the gradient of the way back is taken with: the `hard` one, which
+            the forward pass maps back, or the `softmax` that stands for it.
     Returns:
         The weights with zeros, channels in original order.
     Source: Zou et al. 2025, arXiv:2510.10136 (PermLLM), straight-through on permutation and mask.
     Differs from source: the softmax is taken of scores over their mean, not of raw scores, whose
-        scale depends on the layer; no dense matrix over all groups is made.
+        scale depends on the layer; no dense matrix over all groups is made. The published code
+        maps hard mask and softmax back before it puts the one in the other's place, so its
+        gradient is that of `softmax`.
     Cost: O(k r) forward, O(k s r) backward. Beside the result one byte per weight is kept, and rows
         are worked off in parts, so a wide layer takes little more than itself.
     """
-    return _StraightThroughPrune.apply(soft, order, base, weights, scores, n, m, mask_temperature)
+    return _StraightThroughPrune.apply(soft, order, base, weights, scores, n, m, mask_temperature, mask_backward)
 
 
 # Entries of the weights that are worked on at a time.
@@ -73,7 +80,7 @@ _PART = 2**22
 
 class _StraightThroughPrune(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, soft, order, base, weights, scores, n, m, mask_temperature):  # type: ignore[override]
+    def forward(ctx, soft, order, base, weights, scores, n, m, mask_temperature, mask_backward):  # type: ignore[override]
         channels = base.view(order.shape).gather(-1, order).flatten()  # the channel of every slot
         pruned, keep = torch.empty_like(weights), torch.empty(weights.shape, dtype=torch.bool, device=weights.device)
         for rows in _parts(weights):
@@ -81,6 +88,7 @@ class _StraightThroughPrune(torch.autograd.Function):
             pruned[:, rows] = weights[:, rows] * torch.empty_like(keep[:, rows]).index_copy_(0, channels, keep[:, rows])
         ctx.save_for_backward(channels, base, weights, scores, keep)
         ctx.m, ctx.scale, ctx.soft_shape, ctx.soft_dtype = m, float(mask_temperature), soft.shape, soft.dtype
+        ctx.mask_backward = mask_backward
         return pruned
 
     @staticmethod
@@ -92,12 +100,14 @@ class _StraightThroughPrune(torch.autograd.Function):
         grad_soft = scores.new_zeros(ctx.soft_shape)
         for rows in _parts(weights):
             grad_mask, part = grad[:, rows] * weights[:, rows], scores[:, rows]
-            grad_slots = _through_softmax(part[channels], grad_mask[channels], ctx.m, unit)
-            ways = ((keep[:, rows].to(scores.dtype), grad_mask[base]), (grad_slots, part[base]))
+            share = _shares(part[channels], ctx.m, unit)
+            grad_slots = _through_softmax(share, grad_mask[channels], ctx.m, unit)
+            mask = share if ctx.mask_backward == "softmax" else keep[:, rows].to(scores.dtype)
+            ways = ((mask, grad_mask[base]), (grad_slots, part[base]))
             for left, right in ways:
                 left, right = (x.view(num_groups, size, -1) for x in (left, right))
                 grad_soft.baddbmm_(left, right.mT)
-        return grad_soft.to(ctx.soft_dtype), None, None, None, None, None, None, None
+        return grad_soft.to(ctx.soft_dtype), *8 * (None,)
 
 
 def _parts(weights: Tensor) -> Iterator[slice]:
@@ -106,13 +116,18 @@ def _parts(weights: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, weights.shape[1], step))
 
 
-def _through_softmax(slots: Tensor, grad: Tensor, m: int, unit: Tensor) -> Tensor:
-    """Gradient for scores by slot of a softmax over every m slots, of scores over `unit`, given that of the mask."""
+def _shares(slots: Tensor, m: int, unit: Tensor) -> Tensor:
+    """Softmax over every m slots, of scores by slot over `unit`."""
     *batch, num_slots, num_rows = slots.shape
-    groups = slots.reshape(*batch, num_slots // m, m, num_rows)
-    share = (groups / unit).softmax(-2)
-    flow = share * grad.reshape(groups.shape)
-    return ((flow - share * flow.sum(-2, keepdim=True)) / unit).reshape(slots.shape)
+    return (slots / unit).reshape(*batch, num_slots // m, m, num_rows).softmax(-2).reshape(slots.shape)
+
+
+def _through_softmax(share: Tensor, grad: Tensor, m: int, unit: Tensor) -> Tensor:
+    """Gradient for the scores that `_shares` was given, from that for the shares."""
+    *batch, num_slots, num_rows = share.shape
+    flow = (share * grad).reshape(*batch, num_slots // m, m, num_rows)
+    share = share.reshape(flow.shape)
+    return ((flow - share * flow.sum(-2, keepdim=True)) / unit).reshape(grad.shape)
 
 
 def hard_mask(order: Int64[Tensor, " k"], scores: Float[Tensor, "k r"], *, n: int, m: int) -> Float[Tensor, "k r"]:
@@ -146,7 +161,7 @@ class _HardKeep(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         (slots,) = ctx.saved_tensors
         unit = ctx.scale * slots.mean().clamp_min(torch.finfo(slots.dtype).tiny)
-        return _through_softmax(slots, grad, ctx.m, unit), None, None, None
+        return _through_softmax(_shares(slots, ctx.m, unit), grad, ctx.m, unit), None, None, None
 
 
 def split_sample(

@@ -24,6 +24,10 @@ _HEAT, _FALL = 1.0, 5.0
 _CYCLE = 30_000
 # The last part of a cycle is without noise; with a budget the last part of it checks single swaps.
 _COOL_FRACTION, _POLISH_FRACTION = 0.1, 0.03
+# Escapes in a row that may find nothing, as many as look at so many scores: none on matrices that are not small.
+_ESCAPES, _ESCAPE_SCORES = 300, 2**24
+# Of a budget, where escapes are that many.
+_ESCAPE_FRACTION = 0.9
 
 
 def deal_and_match(
@@ -84,13 +88,15 @@ def swap_search(
     In a round every block gives up one channel, at random, and these channels are put back where
     they retain most together. Rounds are repeated until they gain little; then further rounds are
     made with noise on what is compared, which fades away (annealing); then single swaps are made
-    while one gains. The best order met is returned. It is never worse than the start, nor than what
-    the rounds before the first noise reach.
+    while one gains. Small matrices, whose few blocks a round can hardly rearrange, get further
+    escapes: a few swaps at random, then the best ones again, until 300 in a row found nothing (fewer
+    the larger the matrix; from about 512 x 512 none). The best order met is returned. It is never
+    worse than the start, nor than what the rounds before the first noise reach.
 
     Without a budget the result depends on the arguments only (and on how the processor rounds sums),
-    and no swap of two channels retains more, up to rounding. With a budget the noisy rounds are as
-    many as fit into it; the result then depends on the machine, and swaps are checked only while
-    there is time.
+    and no swap of two channels retains more, up to rounding. With a budget noisy rounds, and escapes
+    on small matrices, are as many as fit into it; the result then depends on the machine, and swaps
+    are checked only while there is time.
 
     Shapes:
         o: outputs.  i: input channels, a multiple of num_groups * m.
@@ -102,7 +108,7 @@ def swap_search(
         seed: of the choice of channels and of the noise.
         budget_s: seconds of wall clock for the search, or None; compiling its kernels is not counted.
         order: where to start; None deals, see `deal_and_match`.
-        num_rounds: noisy rounds where there is no budget; 0 stops at the first local optimum.
+        num_rounds: noisy rounds where there is no budget; 0 stops at the first local optimum, without escapes.
     Returns:
         int64 gather indices on the device of the scores.
     Raises:
@@ -112,7 +118,8 @@ def swap_search(
     Source: Pool & Yu 2021, Channel permutations for N:M sparsity (NeurIPS) for the objective and
         for escaping from local optima; Zhang et al. 2024 (RIA, ICLR) for the assignment.
     Differs from source: all blocks change in a round where Pool & Yu regroup two; slots are random
-        where RIA's are fixed; escapes are annealed noise on the assignment. Any N:M.
+        where RIA's are fixed; escapes are annealed noise on the assignment, and several swaps at a
+        time on small matrices where theirs is one. Any N:M.
     Cost: a round takes O(o i k / m) time with k = min(i / (m num_groups), 512) and assignments of
         k blocks; the final check of single swaps O(o i^2). One core, float32: the default takes a
         few hundredths of a second for 128 x 64 scores and one to two minutes for 4096 x 4096.
@@ -133,9 +140,14 @@ def swap_search(
     blocks = _Blocks(scores, start, n, m, num_groups)
     generator = np.random.default_rng(seed)
     pace_s = _descend(blocks, generator, clock)
-    schedule = _by_count(num_rounds) if budget_s is None else _by_clock(clock, budget_s, pace_s)
+    patience = _patience(blocks) if num_rounds > 0 else 0
+    if budget_s is None:
+        schedule = _by_count(num_rounds)
+    else:
+        schedule = _by_clock(clock, budget_s * (1 - _ESCAPE_FRACTION * patience / _ESCAPES), pace_s)
     _anneal(blocks, generator, schedule, clock)
     _polish(blocks, clock)
+    _escape(blocks, generator, clock, patience if budget_s is None or patience == 0 else math.inf)
     return torch.from_numpy(blocks.order).to(scores.device)
 
 
@@ -222,6 +234,13 @@ class _Blocks:
             slot, partner = np.divmod(best, len(other))
             pairs[:, better] = np.stack((blocks * self.m + slot, other[partner]))[:, better]
         return gains, pairs[0], pairs[1]
+
+    def climb(self) -> None:
+        """Make the best swap of one channel after the other until none gains; for few rows."""
+        size = self.groups.shape[1] * self.m
+        retention_kernels().climb(
+            self.scores, self.order, self.n, self.m, size, self._last, self._first, self.kept
+        )  # fmt: skip
 
     def restore(self, order: np.ndarray) -> None:
         self.order[:] = order
@@ -351,6 +370,30 @@ def _swap_best(blocks: _Blocks, gains: np.ndarray, slots: np.ndarray, partners: 
         pair = [slots[block], partners[block]]
         blocks.order[pair] = blocks.order[pair[::-1]]
     return touched
+
+
+def _patience(blocks: _Blocks) -> int:
+    """Escapes in a row that may find nothing."""
+    width, num_rows = blocks.scores.shape
+    num_blocks = blocks.groups.shape[1]
+    return min(_ESCAPES, _ESCAPE_SCORES // (width * num_blocks * blocks.m * num_rows)) if num_blocks > 1 else 0
+
+
+def _escape(blocks: _Blocks, generator: np.random.Generator, clock: Clock, patience: float) -> None:
+    """Swap channels at random and then as gains most, from the best order met, until that finds nothing more."""
+    width, size = len(blocks.order), blocks.groups.shape[1] * blocks.m
+    best, best_order, failures = blocks.total, blocks.order.copy(), 0
+    while failures < patience and not clock.is_over():
+        for place in generator.integers(0, width, generator.integers(2, 7)):
+            pair = [place, place // size * size + generator.integers(0, size)]
+            blocks.order[pair] = blocks.order[pair[::-1]]
+        blocks.restore(blocks.order)
+        blocks.climb()
+        failures += 1
+        if blocks.total > best * (1 + 1e-7):
+            best, best_order, failures = blocks.total, blocks.order.copy(), 0
+        blocks.order[:] = best_order
+    blocks.restore(best_order)
 
 
 def _deal(scores: Tensor, m: int, num_groups: int) -> np.ndarray:

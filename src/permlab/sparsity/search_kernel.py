@@ -118,6 +118,46 @@ def _exchange(scores, channels, bars, retained):
                     retained[i + 1, j + 1] += d
 
 
+_refresh_piece = njit(**_OPTIONS | {"no_cpython_wrapper": True})(_refresh)
+
+
+@no_type_check
+def _climb(scores, order, n, m, size, last, first, kept):
+    """For one position after the other, make the swap that gains most, until no swap of two channels gains.
+
+    Gains are summed in float32: meant for few rows.
+
+    Shapes:
+        As for `_refresh`, for all blocks; all of it is kept up to date.
+    Args:
+        size: channels of a group, which none leaves.
+    """
+    width, num_rows = scores.shape
+    pair = np.empty(2, np.int64)
+    quiet = place = 0
+    while quiet < width:
+        a, best, partner = place // m, np.float32(0), -1
+        for other in range(place // size * size, (place // size + 1) * size):
+            b = other // m
+            if a == b:
+                continue
+            x, y, gain = scores[order[place]], scores[order[other]], np.float32(0)
+            for r in range(num_rows):
+                bar = first[a, r] if x[r] >= last[a, r] else last[a, r]
+                other_bar = first[b, r] if y[r] >= last[b, r] else last[b, r]
+                gain += (max(bar, y[r]) - max(bar, x[r])) + (max(other_bar, x[r]) - max(other_bar, y[r]))
+            # What is less than the rounding of the sums is no gain.
+            if gain > best and gain > 1e-6 * (kept[a] + kept[b]):
+                best, partner = gain, other
+        quiet += 1
+        if partner >= 0:
+            order[place], order[partner] = order[partner], order[place]
+            pair[0], pair[1] = a, partner // m
+            _refresh_piece(scores, order, pair, n, m, last, first, kept)
+            quiet = 0
+        place = (place + 1) % width
+
+
 # Reconstruction
 
 
@@ -230,6 +270,7 @@ class Kernels(NamedTuple):
     refresh: Callable[..., None]
     raise_bars: Callable[..., None]
     exchange: Callable[..., None]
+    climb: Callable[..., None]
 
 
 @cache
@@ -240,6 +281,7 @@ def retention_kernels() -> Kernels:
         refresh=compile_kernel(_refresh, void(wide, indices, indices, int64, int64, wide, wide, sums), _OPTIONS),
         raise_bars=compile_kernel(_raise_bars, void(wide, indices, indices, wide, wide, wide, sums), _OPTIONS),
         exchange=compile_kernel(_exchange, void(wide, indices, wide, single), _OPTIONS),
+        climb=compile_kernel(_climb, void(wide, indices, int64, int64, int64, wide, wide, sums), _OPTIONS),
     )
 
 

@@ -10,10 +10,10 @@ WIDTH = 36
 
 
 def print_report(plan: Plan, summary: Mapping[str, float]) -> None:
-    """Print the tests of a run and of its controls, their differences, and the run directory."""
+    """Print the tests of a run and of its controls, their differences, the picture to open, and the run directory."""
     print(report(plan, summary))
-    figure = Path(plan.directory, "figures", "order.png")
-    if figure.is_file():
+    figures = [Path(plan.directory, "figures", f"{name}.png") for name in plan.task.pictures]
+    for figure in [path for path in figures if path.is_file()][:1]:
         print(f"picture: {figure}")
     print(f"run: {plan.directory}", flush=True)
 

@@ -55,6 +55,7 @@ class Task:
         rows: what the report of a run and the tables over runs show.
         effort: of a step, in steps of plain training of the same model, for forecasts; roughly, a literal.
         panels: curves of the figure `training`, in order: title, and metric by label of its line.
+        pictures: figures that show what a run is about; the first that it has is the one to open.
         compared_within: settings of the task that runs share if tables compare them.
     Args:
         spec: shape of the data.
@@ -65,6 +66,7 @@ class Task:
     exports: ClassVar[bool] = False
     effort: ClassVar[float] = 1.0
     panels: ClassVar[tuple[tuple[str, Mapping[str, str]], ...]] = ()
+    pictures: ClassVar[tuple[str, ...]] = ("comparison", "order", "training")
     compared_within: ClassVar[tuple[str, ...]] = ()
     metric: Metric
 

@@ -106,6 +106,9 @@ def by_hand(task: PruneLearner, samples: dict[str, PermutationSample]) -> dict[s
                 keep = nm_mask(slot.detach(), n=n, m=m).to(slot.dtype) + (share - share.detach())
                 if sample.estimator == "relaxed" and task.task.mix == "weight":
                     pruned.append(((weight @ matrix.mT) * keep) @ matrix)
+                elif sample.estimator == "straight_through" and task.task.mask_backward == "softmax":
+                    hard, soft = (keep @ matrix).detach(), share @ matrix
+                    pruned.append(weight * (hard + (soft - soft.detach())))
                 else:
                     pruned.append(weight * (keep @ matrix))
         for reader, values in zip(site.readers, pruned, strict=True):
@@ -144,6 +147,7 @@ SETTINGS = [
     ("method=sinkhorn", "task.mix=weight"),
     ("method=sinkhorn", "task.mix=mask", "task.mask_temperature=0.4"),
     ("method=sinkhorn_ste", "task.block_size=16", "task.num_groups=null"),
+    ("method=sinkhorn_ste", "task.mask_backward=softmax"),
     ("method=sort_ste", "task.n=1", "task.pruner=ria"),
     ("method=sinkhorn_network", "task.pruner=magnitude"),
     ("method=gumbel_sinkhorn", "task.coupling=independent", "task.pruner=sparsegpt"),

@@ -247,6 +247,7 @@ class PruneLearner(Learner):
         order, soft = split_sample(sample, count)
         options: dict[str, Any] = {"n": self.n, "m": self.m, "mask_temperature": self.task.mask_temperature}
         if soft is not None and sample.estimator == "straight_through":
+            options["mask_backward"] = self.task.mask_backward
             return straight_through_prune(layers.items, layers.scores, soft, order, base, **options)
         if soft is None or sample.estimator != "relaxed":
             return layers.items * hard_mask(base[sample.order], layers.scores, n=self.n, m=self.m)

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from permlab.config.plan import Plan
 from permlab.config.schema import component_names, component_options, constant, preset_component
 from permlab.data.spec import DataSpec
 from permlab.errors import nearest
-from permlab.option import NonNegativeFloat, PositiveFloat, PositiveInt, Verbatim
+from permlab.option import AddedLater, NonNegativeFloat, PositiveFloat, PositiveInt, Verbatim
 from permlab.record.stored import read_plan
 from permlab.task.metric import ACCURACY, PERPLEXITY, Metric, Row
 from permlab.task.task import Companion, Idle, Task
@@ -22,7 +22,10 @@ TRAINER_KEYS = (
 )
 SHARED = ("figures", "seed", "paths", "checkpoint", "num_threads", "logger")
 # Options of the loss, idle where nothing is learned.
-LOSS_OPTIONS = ("task_weight", "kl_weight", "distill_weight", "distill_kind", "distill_over", "mask_temperature", "mix")
+LOSS_OPTIONS = (
+    *("task_weight", "kl_weight", "distill_weight", "distill_kind", "distill_over"),
+    *("mask_temperature", "mask_backward", "mix"),
+)
 # Settings that name the dense model.
 DENSE = ("dense", "dense_steps")
 
@@ -44,6 +47,8 @@ class Prune(Task):
         num_groups: equal consecutive blocks of channels that no channel leaves; 1 for a global order.
         block_size: channels in a group where `num_groups` is null; narrower sites have one group.
         mask_temperature: of the softmax that gradients take for the choice of the n best.
+        mask_backward: what stands for the mask where a straight-through gradient of the permutation that maps
+            it back is taken: the `hard` mask, or the `softmax` (PermLLM's code).
         mix: what a relaxed permutation mixes: the `weight`, as the paper has it, or the `mask` alone.
         num_samples: calibration samples (images, or windows of text).
         sequence_length: tokens of a calibration sample, at most the data's; null for the data's. Text only.
@@ -97,6 +102,7 @@ class Prune(Task):
         num_groups: PositiveInt | None,
         block_size: PositiveInt,
         mask_temperature: PositiveFloat,
+        mask_backward: Annotated[Literal["hard", "softmax"], AddedLater("hard")],
         mix: Literal["weight", "mask"],
         num_samples: PositiveInt,
         sequence_length: PositiveInt | None,
@@ -112,7 +118,7 @@ class Prune(Task):
         self.n, self.m, self.pruner, self.power, self.damping = n, m, pruner, power, damping
         self.sites, self.coupling, self.within_heads = sites, coupling, within_heads
         self.num_groups, self.block_size = num_groups, block_size
-        self.mask_temperature, self.mix = mask_temperature, mix
+        self.mask_temperature, self.mask_backward, self.mix = mask_temperature, mask_backward, mix
         self.num_samples, self.sequence_length = num_samples, sequence_length
         self.task_weight, self.kl_weight = task_weight, kl_weight
         self.distill_weight, self.distill_kind, self.distill_over = distill_weight, distill_kind, distill_over
@@ -184,6 +190,8 @@ class Prune(Task):
                 yield key, f"{named}, which does not learn"
         if "estimator" not in options:
             yield "task.mask_temperature", f"{named}, which has no relaxation"
+        if method.get("estimator") != "straight_through":
+            yield "task.mask_backward", f"{named}, which is not straight-through"
         if method.get("estimator") != "relaxed":
             yield "task.mix", f"{named}, which mixes no items"
         if pretrained:

@@ -36,7 +36,7 @@ def confusion_figure(counts: np.ndarray, names: Sequence[str] | None = None) -> 
     shares = counts / np.maximum(totals, 1)[:, None]
     accuracy = float(np.trace(counts) / max(counts.sum(), 1))
 
-    figure = new_figure(9.6, 6.4)
+    figure = new_figure(9.6, 7.4)
     left, right = figure.subplots(1, 2, width_ratios=(3, 1))
     image = left.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
     left.set(xlabel="predicted class", ylabel="true class")
@@ -49,11 +49,15 @@ def confusion_figure(counts: np.ndarray, names: Sequence[str] | None = None) -> 
             if count:
                 colour = "white" if shares[row, column] > 0.5 else "black"
                 left.text(column, row, str(int(count)), ha="center", va="center", fontsize=9, color=colour)
-    figure.colorbar(image, ax=left, shrink=0.7, label="% of the true class")
+    # Below, where no class is read off it.
+    bar = figure.colorbar(image, ax=left, location="bottom", shrink=0.5, aspect=30, pad=0.02)
+    bar.set_label("colour: % of the images of the true class", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
 
     right.barh(np.arange(num_classes), 100 * np.diag(shares), color=PALETTE[0])
     right.axvline(100 * accuracy, color=PALETTE[1], linestyle="--", linewidth=1.2, label="all classes")
     right.set(xlim=(0, 100), ylim=(num_classes - 0.5, -0.5), xlabel="accuracy, %", title="per class")
     right.set_yticks(ticks, [labels[tick] for tick in ticks])
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    right.set_ylabel("true class")
     return figure
