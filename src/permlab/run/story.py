@@ -142,13 +142,10 @@ def _tell(plan: Plan, parts: Assembly, before: Mapping[str, Path]) -> Summary:
     if plan.task.metric.key not in summary:
         summary = _fit_and_finish(plan, parts, before)
     _meet()  # what the first rank has written decides which runs follow
-    order = read_arrays(run_dir / "arrays" / "order.npz")
+    key, order = plan.task.metric.key, read_arrays(run_dir / "arrays" / "order.npz")
     beside = {name: companion_plan(plan, other) for name, other in plan.task.beside(plan, order).items()}
-    summary |= {
-        f"{plan.task.metric.key}_{name}": run_once(other)[plan.task.metric.key] for name, other in beside.items()
-    }
-    if beside and is_rank_zero():
-        keep_beside(plan, beside, summary)
+    summary |= {f"{key}_{name}": run_once(other)[key] for name, other in beside.items()}
+    keep_beside(plan, beside, summary)
     return summary
 
 
