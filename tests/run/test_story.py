@@ -38,6 +38,19 @@ def test_a_run_reports_control_learned_and_refit(finished: Result) -> None:
         assert f"{100 * finished.summary[f'test/accuracy{key}']:.1f}" in line
 
 
+def test_the_picture_to_open_is_the_claim_s_and_has_the_curves_of_all_three(finished: Result) -> None:
+    picture = finished.run_dir / "figures" / "comparison.png"
+    assert finished.out.splitlines()[-2] == f"picture: {picture}"
+    assert picture.is_file()
+    with np.load(finished.run_dir / "arrays" / "beside.npz", allow_pickle=False) as beside:
+        assert sorted(beside) == ["control", "refit"]
+        last = [line["step"] for line in finished.metrics if "val/accuracy" in line]
+        for curve in beside.values():
+            assert curve[:, 0].tolist() == last
+            assert (curve[:, 1] >= 0).all()
+            assert (curve[:, 1] <= 1).all()
+
+
 def test_a_run_leaves_the_files_of_the_contract(finished: Result) -> None:
     files = {str(path.relative_to(finished.run_dir)) for path in finished.run_dir.rglob("*") if path.is_file()}
     assert {"config.yaml", "provenance.json", "metrics.jsonl", "summary.json", "DONE"} <= files

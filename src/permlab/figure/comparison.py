@@ -63,7 +63,13 @@ def comparison_figure(sides: Sequence[Side], metric: Any) -> Figure:
         axes.plot(*(side.curve * (1, metric.scale)).T, dashes, color=colour, marker=marker, markersize=3.5)
         if not len(side.curve):
             axes.axhline(metric.scale * side.final, color=colour, linestyle=dashes, linewidth=1.0)
-        diamond = {"marker": "D", "markersize": 7, "markeredgecolor": "white", "clip_on": False, "zorder": 3}
+        diamond: dict[str, Any] = {
+            "marker": "D",
+            "markersize": 7,
+            "markeredgecolor": "white",
+            "clip_on": False,
+            "zorder": 3,
+        }
         axes.plot(end, metric.scale * side.final, color=colour, **diamond)
     axes.set(xlabel="optimiser step", ylabel=metric.title, xlim=(0, ends[-1]))
     axes.set_title(

@@ -53,7 +53,7 @@ def order_figure(
     ranks = [_mean_rank(start), _mean_rank(order)]
     several = f", mean of {len(order)}" if order.ndim > 1 else ""
     titles = ["starting order", f"{name} order{several}, Kendall's tau to the starting one {kendall(*ranks):+.2f}"]
-    if np.array_equal(*ranks):
+    if np.array_equal(ranks[0], ranks[1]):
         ranks, titles = ranks[:1], [f"{name} order, which is the starting one"]
     if height == 1:
         return _sequence_figure(ranks, titles)

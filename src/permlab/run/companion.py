@@ -42,6 +42,8 @@ def companion_directory(plan: Plan, companion: Companion) -> Path:
 
 def keep_beside(plan: Plan, beside: Mapping[str, Plan], summary: Mapping[str, float]) -> None:
     """Keep the curves of finished runs in the directory of the one they are compared with, and draw the comparison."""
+    if not beside or not is_rank_zero():
+        return
     key = plan.task.metric.validation_key
     write_npz(plan.directory / BESIDE, **{name: read_curve(other.directory, key) for name, other in beside.items()})
     write_json(plan.directory / "summary.json", summary)

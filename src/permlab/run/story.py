@@ -144,8 +144,7 @@ def _tell(plan: Plan, parts: Assembly, before: Mapping[str, Path], outlook: Outl
     for name, companion in plan.task.beside(plan, order).items():
         beside[name] = companion_plan(plan, companion)
         summary[f"{key}_{name}"] = run_once(beside[name], outlook, companion.label or name)[key]
-    if beside and is_rank_zero():
-        keep_beside(plan, beside, summary)
+    keep_beside(plan, beside, summary)
     return summary
 
 
