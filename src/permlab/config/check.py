@@ -16,6 +16,7 @@ from permlab.config.schema import (
     CONF,
     GROUPS,
     OWN_TRAINER_KEYS,
+    SECTIONS,
     check_component,
     component_names,
     component_options,
@@ -25,13 +26,12 @@ from permlab.config.schema import (
     schema,
 )
 from permlab.config.secret import leaks
+from permlab.config.suggest import nearest_key
 from permlab.errors import ConfigError, nearest
 from permlab.ops.scan_order import check_name
 from permlab.ops.schedule import parse
 from permlab.option import REQUIRED, ItemSide, OrderForm, Rule, TemperatureForm, choices, describe, matches
 
-# Parts of the root that are no choice of a file.
-SECTIONS = ("paths", "checkpoint")
 # By which `hydra.utils.instantiate`, which is not used here, would be told what to call.
 INSTANTIATE_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 
@@ -97,7 +97,7 @@ def _check_single(config: Mapping[str, Any]) -> list[str]:
             problems.append(f"{group}={settings}: expected a group of keys")
             continue
         try:
-            problems += _check_group(group, settings)
+            problems += _check_group(group, settings, config)
         except ConfigError as error:
             problems += error.problems
     return problems
@@ -127,7 +127,7 @@ def _targets(value: Any, path: str = "") -> list[str]:
     return found
 
 
-def _check_group(group: str, settings: Mapping[str, Any]) -> list[str]:
+def _check_group(group: str, settings: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     if group in COMPONENT_GROUPS:
         check_component(group, settings.get("component"))
     known = schema(group, settings.get("component"))
@@ -140,10 +140,8 @@ def _check_group(group: str, settings: Mapping[str, Any]) -> list[str]:
         if group == "" and (key in GROUPS or key in SECTIONS):
             continue
         if key not in known:
-            where = [f"{dotted}{name}" for name in known] + ([] if group else list(GROUPS))
-            owned = group == "trainer" and key in OWN_TRAINER_KEYS
-            why = "set by permlab itself" if owned else "unknown key" + nearest(f"{dotted}{key}", where)
-            problems.append(f"{dotted}{key}={value}: {why}")
+            owned = OWN_TRAINER_KEYS.get(key) if group == "trainer" else None
+            problems.append(f"{dotted}{key}={value}: {owned or 'unknown key' + nearest_key(group, key, config)}")
         elif value == "???":
             problems.append(f"{dotted}{key}: missing, expected {describe(known[key].type)}")
         elif not matches(value, known[key].type) and not _derived_later(group, key, value):

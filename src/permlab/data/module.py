@@ -36,6 +36,7 @@ class DataModule(L.LightningDataModule):
                 batch_size=self.settings["batch_size"],
                 seed=self.seed,
                 shuffle=split == "train",
+                repeat=bool(trainer and trainer.overfit_batches),
                 num_workers=self.settings["num_workers"],
                 rank=trainer.global_rank if trainer else 0,
                 num_ranks=trainer.world_size if trainer else 1,
