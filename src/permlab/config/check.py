@@ -71,6 +71,20 @@ def plan_of(config: Mapping[str, Any], directory: Path | None = None) -> Plan:
     return plan
 
 
+def check_settings(group: str, settings: Mapping[str, Any]) -> None:
+    """Refuse what is wrong with the settings of one component by themselves.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    problems = _check_group(group, settings, {group: settings}) or [
+        *_check_forms(group, settings, None),
+        *_check_rules(group, settings),
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
 def drop_ineffective(config: dict[str, Any]) -> list[str]:
     """Remove keys that belong to another component of the same group, and say so.
 
