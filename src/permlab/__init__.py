@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from permlab.run.python import train as train
     from permlab.sparsity.export import export as export
     from permlab.sparsity.export import load_export as load_export
-    from permlab.sparsity.sparsify import SparsifiedModel as SparsifiedModel
-    from permlab.sparsity.sparsify import sparsify as sparsify
     from permlab.sparsity.site import Move as Move
     from permlab.sparsity.site import Reader as Reader
     from permlab.sparsity.site import WeightSite as WeightSite
     from permlab.sparsity.site import read_sites as read_sites
+    from permlab.sparsity.sparsify import SparsifiedModel as SparsifiedModel
+    from permlab.sparsity.sparsify import sparsify as sparsify
 
 __version__ = "0.1.0"
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from permlab.sparsity.export import load_export
 from permlab.sparsity.pattern import read_patterns, verify_pattern
-from permlab.sparsity.sparsify import sparsify
 from permlab.sparsity.site import Move, Reader, WeightSite, read_sites
+from permlab.sparsity.sparsify import sparsify
 
 HIDDEN = WeightSite("hidden", "hidden", (Reader("2", None),), 16, (Move("0.weight", 0), Move("0.bias", 0)))
 OPEN = WeightSite("hidden", "hidden", (Reader("2", None),), 16, ())

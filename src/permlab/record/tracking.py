@@ -50,9 +50,9 @@ class RunLogger(Logger):
         entity: str | None,
         tags: Sequence[str],
         log_artifacts: bool,
-        copies: Sequence[str],
         group: str,
         job_type: str,
+        copies: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.run_dir = run_dir

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from permlab.callback.interrupt import keep_signals
 from permlab.callback.keep_best import KeepBest
@@ -195,11 +196,13 @@ def fit(trainer: L.Trainer, parts: Assembly, checkpoint: Path | None) -> None:
     """Train, from a checkpoint if there is one.
 
     Raises:
-        ConfigError: if the checkpoint is that of another run.
+        ConfigError: if the checkpoint is that of another run, or arguments of the trainer do not fit the data.
     """
     try:
         trainer.fit(parts.learner, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
         print_profile(trainer.profiler)
+    except MisconfigurationException as error:
+        raise ConfigError(f"trainer: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         if checkpoint is None or parts.learner.started:
             raise
@@ -211,7 +214,10 @@ def run_test(trainer: L.Trainer, parts: Assembly, *, split: str = "test") -> Sum
     """Metrics of the learner as it is, on `test` or `val`."""
     trainer.logger = None
     run = trainer.test if split == "test" else trainer.validate
-    run(parts.learner, datamodule=parts.data, verbose=False)
+    try:
+        run(parts.learner, datamodule=parts.data, verbose=False)
+    except MisconfigurationException as error:  # such as a limit that leaves no batch
+        raise ConfigError(f"trainer: {error}") from error
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(f"{split}/")}
 
 
