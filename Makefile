@@ -35,7 +35,7 @@ test: $(STAMP)  ## run the tests (ARGS="tests/ops -k sinkhorn" for some)
 test-all: $(STAMP)  ## run the tests with all of what is long by nature: mutated inputs, kills, every combination
 	@PERMLAB_TESTS=all $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --timeout 1800 $(ARGS)
 
-sweep: $(STAMP)  ## run the grid of sweeps/NAME.yaml, or go on with it (NAME=prune_digits_1_pruners)
+sweep: $(STAMP)  ## run the grid of sweeps/NAME.yaml, or go on with it; without NAME, list them
 	@$(BIN)/python -m permlab.sweep $(NAME) $(ARGS)
 
 study-prune: $(STAMP)  ## the miniature study of N:M pruning: run what is missing, write results/prune.md

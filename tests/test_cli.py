@@ -4,16 +4,19 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 from runs import configure
 
+import permlab.__main__
+import permlab.cli
 from permlab.cli import help_text, main, split_arguments
 from permlab.config.compose import compose_config, parse_overrides, resolve_train
 from permlab.config.identity import digest, run_directory
-from permlab.config.schema import CONF, GROUPS, component_names, constant
+from permlab.config.schema import CONF, GROUPS, EvaluationKeys, component_names, constant
 from permlab.data.spec import DataSpec
 from permlab.errors import ConfigError
 from permlab.study.grid import expand
@@ -223,6 +226,38 @@ def test_help_has_a_line_for_every_choice() -> None:
         for name in component_names(group):
             (line,) = [line for line in lines if line.split() and line.split()[0] == name]
             assert len(line.split()) > 2, f"{group}/{name}.yaml has no comment in its first line"
+
+
+def test_help_has_the_general_keys_and_where_all_are() -> None:
+    text = help_text("train")
+    assert "docs/options.md" in text
+    for key in ("seed=0", "force=false", "paths.runs=runs", "trainer.max_steps=3000", "data.batch_size=128"):
+        (line,) = [line for line in text.splitlines() if line.split() and line.split()[0] == key]
+        assert len(line.split()) > 2, "its meaning"
+
+
+def test_help_of_eval_has_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("eval", ["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for field in fields(EvaluationKeys):
+        (line,) = [line for line in lines if line.strip().startswith(f"{field.name}=")]
+        assert len(line.split()) > 2, "its meaning"
+    assert "run=<run directory>" in lines[0]
+
+
+def test_python_m_permlab_has_every_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(permlab.cli, "main", lambda name, words: called.append((name, list(words))) or 0)
+    assert permlab.__main__.main(["train", "-m", "seed=0,1"]) == 0
+    assert permlab.__main__.main(["eval", "run=x"]) == 0
+    assert called == [("train", ["-m", "seed=0,1"]), ("eval", ["run=x"])]
+    assert permlab.__main__.main([]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in ("train", "eval", "sweep", "options"))
+    assert permlab.__main__.main(["trian"]) == 2
+    assert capsys.readouterr().err == "error: trian: no such command; nearest valid choice: train\n"
 
 
 def test_cfg_prints_the_resolved_configuration(capsys: pytest.CaptureFixture[str]) -> None:

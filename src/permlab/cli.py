@@ -14,7 +14,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from permlab.config.compose import resolve, resolve_evaluation, resolve_train
+from permlab.config.machine import check_machine
 from permlab.config.plan import Plan
+from permlab.config.reference import overview
 from permlab.config.schema import CONF, component_names
 from permlab.config.secret import redact
 from permlab.errors import ConfigError, Interrupted, RunError, nearest
@@ -77,7 +79,7 @@ def _one_line(error: BaseException) -> str:
 
 def _dispatch(name: str, arguments: list[str]) -> int:
     if any(argument.split("=")[0] in HYDRA_FLAGS for argument in arguments):
-        return _hand_to_hydra(name)
+        return _hand_to_hydra(name, arguments)
     parsed = split_arguments(arguments)
     if "--help" in parsed.flags:
         print(help_text(name))
@@ -112,6 +114,7 @@ def _multirun(name: str, words: Sequence[str]) -> int:
 
 
 def _train(plan: Plan) -> int:
+    check_machine(plan.config)
     if is_done(plan.directory) and not plan.is_forced:
         from permlab.study.report import print_report
 
@@ -165,20 +168,16 @@ def split_arguments(arguments: Sequence[str]) -> Arguments:
 
 
 def help_text(name: str) -> str:
-    """Groups and their choices, one line each, from the first line of every YAML file."""
-    lines = [
-        f"usage: python {name}.py [-m] [group=choice ...] [key=value ...]",
-        "",
-        _first_comment(CONF / f"{name}.yaml"),
-    ]
+    """Groups and their choices, and the general keys, one line each, from the comments of the YAML files."""
+    usage = "[group=choice ...] [key=value ...]" if name == "train" else "run=<run directory> [key=value ...]"
+    lines = [f"usage: python {name}.py [-m] {usage}", "", _first_comment(CONF / f"{name}.yaml")]
     if name == "train":
         for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
-            names = component_names(folder.name)
-            if names:
-                width = max(map(len, names))
-                lines += ["", f"{folder.name}="]
-                lines += [f"  {choice:<{width}}  {_first_comment(folder / f'{choice}.yaml')}" for choice in names]
+            choices = {choice: _first_comment(folder / f"{choice}.yaml") for choice in component_names(folder.name)}
+            lines += ["", f"{folder.name}=", *_columns(choices)] if choices else []
+    lines += ["", "keys:" if name == "eval" else "general keys (all keys, with their ranges: docs/options.md):"]
     lines += [
+        *_columns(overview(name)),
         "",
         "-m, --multirun     run every combination of comma-separated values, each in a process of its own",
         "--cfg job          print the resolved configuration and stop",
@@ -186,6 +185,11 @@ def help_text(name: str) -> str:
         "PERMLAB_DEBUG=1    show the traceback of an error",
     ]
     return "\n".join(lines)
+
+
+def _columns(meanings: Mapping[str, str]) -> list[str]:
+    width = max(map(len, meanings))
+    return [f"  {name:<{width}}  {meaning}".rstrip() for name, meaning in meanings.items()]
 
 
 def _first_comment(path: Path) -> str:
@@ -208,9 +212,11 @@ def _print_config(name: str, parsed: Arguments) -> int:
     return 0
 
 
-def _hand_to_hydra(name: str) -> int:
+def _hand_to_hydra(name: str, arguments: Sequence[str]) -> int:
     """Version, completion and the like are Hydra's own; it reads sys.argv."""
     import hydra
+
+    sys.argv = [f"{name}.py", *arguments]
 
     @hydra.main(config_path=str(CONF), config_name=name, version_base="1.3")
     def nothing(_: Any) -> None: ...

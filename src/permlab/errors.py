@@ -74,10 +74,21 @@ class Interrupted(BaseException):
         super().__init__(f"interrupted by signal {signal_number}; the same command goes on from here")
 
 
-def nearest(value: Any, valid: Sequence[Any]) -> str:
-    """Suggestion to append to a message: the closest valid choice, or all where none is close."""
+def nearest(value: Any, valid: Sequence[Any], *, count: int = 1) -> str:
+    """Suggestion to append to a message: the closest valid choice, or all where none is close.
+
+    Args:
+        value: that is not valid.
+        valid: choices.
+        count: where there are too many to name all, so many are named, the closest first, however far they are.
+    Example:
+        >>> nearest("tow", ["one", "two", "three"])
+        '; nearest valid choice: two'
+        >>> nearest("tow", ["one", "two", "three"], count=2)
+        '; nearest valid choices: two, one'
+    """
     names = [str(choice) for choice in valid]
-    close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(value), names, n=count, cutoff=0.5 if count == 1 else 0.0)
     if close:
-        return f"; nearest valid choice: {close[0]}"
+        return f"; nearest valid choice{'s' if len(close) > 1 else ''}: {', '.join(close)}"
     return f"; valid choices: {', '.join(sorted(names))}" if names else ""

@@ -98,6 +98,11 @@ def test_the_command_without_the_environment_or_the_script_folder(
     assert "somebody" not in text
 
 
+def test_the_command_of_a_package_is_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/home/me/src/permlab/__main__.py", "train", "seed=1"])
+    assert provenance.collect(device=None)["command"] == "python -m permlab train seed=1"
+
+
 @pytest.mark.parametrize("accelerator", ["cpu", "auto"])
 def test_device_name_of_a_cpu(accelerator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

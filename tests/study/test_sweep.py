@@ -106,9 +106,22 @@ def test_an_unknown_name_is_answered_with_the_nearest(sweeps: Path, capsys: pyte
     write(sweeps, "prune_digits", GRID)
     with pytest.raises(ConfigError, match="NAME=prune_digit: no such sweep; nearest valid choice: prune_digits"):
         read_sweep("prune_digit")
-    assert main([]) == 2
-    assert "prune_digits" in capsys.readouterr().err
     assert main(["--study", "prane"]) == 2
+    assert "--study prane: no sweep's name begins so; nearest valid choice: prune" in capsys.readouterr().err
+    for name in ("prune_text", "prune_digits_2", "other"):
+        write(sweeps, name, GRID)
+    with pytest.raises(ConfigError, match=r"nearest valid choices: prune_text, prune_digits, prune_digits_2$"):
+        read_sweep("text")
+
+
+def test_without_a_name_sweeps_are_listed_with_their_comments(sweeps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (sweeps / "prune_text.yaml").write_text("# which importance (text, 2:4)\nmethod: grid\n")
+    (sweeps / "longer_name.yaml").write_text("# another question\nmethod: grid\n")
+    assert main([]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[:2] == ["longer_name  another question", "prune_text   which importance (text, 2:4)"]
+    assert "NAME=" in out.splitlines()[2]
+    assert err == ""
 
 
 # Running

@@ -18,6 +18,7 @@ from permlab.config.schema import (
     COMPONENT_GROUPS,
     GROUPS,
     OWN_TRAINER_KEYS,
+    SECTIONS,
     check_component,
     component_names,
     component_options,
@@ -28,13 +29,12 @@ from permlab.config.schema import (
     schema,
 )
 from permlab.config.secret import leaks
+from permlab.config.suggest import nearest_key
 from permlab.errors import ConfigError, nearest
 from permlab.ops.scan_order import check_name
 from permlab.ops.schedule import parse
 from permlab.option import REQUIRED, ItemSide, OrderForm, Rule, TemperatureForm, choices, describe, matches
 
-# Parts of the root that are no choice of a file.
-SECTIONS = ("paths", "checkpoint")
 # Folders above a missing file that are looked into for another, and files that are compared with it.
 MAX_CLIMB, MAX_NEAR = 3, 1000
 # By which `hydra.utils.instantiate`, which is not used here, would be told what to call.
@@ -76,6 +76,20 @@ def plan_of(config: Mapping[str, Any], directory: Path | None = None) -> Plan:
     return plan
 
 
+def check_settings(group: str, settings: Mapping[str, Any]) -> None:
+    """Refuse what is wrong with the settings of one component by themselves.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    problems = _check_group(group, settings, {group: settings}) or [
+        *_check_forms(group, settings, None),
+        *_check_rules(group, settings),
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
 def drop_ineffective(config: dict[str, Any]) -> list[str]:
     """Remove keys that belong to another component of the same group, and say so.
 
@@ -102,7 +116,7 @@ def _check_single(config: Mapping[str, Any]) -> list[str]:
             problems.append(f"{group}={settings}: expected a group of keys")
             continue
         try:
-            problems += _check_group(group, settings)
+            problems += _check_group(group, settings, config)
         except ConfigError as error:
             problems += error.problems
     return problems
@@ -132,7 +146,7 @@ def _targets(value: Any, path: str = "") -> list[str]:
     return found
 
 
-def _check_group(group: str, settings: Mapping[str, Any]) -> list[str]:
+def _check_group(group: str, settings: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     if group in COMPONENT_GROUPS:
         check_component(group, settings.get("component"))
     known = schema(group, settings.get("component"))
@@ -145,10 +159,8 @@ def _check_group(group: str, settings: Mapping[str, Any]) -> list[str]:
         if group == "" and (key in GROUPS or key in SECTIONS):
             continue
         if key not in known:
-            where = [f"{dotted}{name}" for name in known] + ([] if group else list(GROUPS))
-            owned = group == "trainer" and key in OWN_TRAINER_KEYS
-            why = "set by permlab itself" if owned else "unknown key" + nearest(f"{dotted}{key}", where)
-            problems.append(f"{dotted}{key}={value}: {why}")
+            owned = OWN_TRAINER_KEYS.get(key) if group == "trainer" else None
+            problems.append(f"{dotted}{key}={value}: {owned or 'unknown key' + nearest_key(group, key, config)}")
         elif value == "???":
             problems.append(f"{dotted}{key}: missing, expected {describe(known[key].type)}")
         elif not matches(value, known[key].type) and not _derived_later(group, key, value):

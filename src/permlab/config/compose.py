@@ -21,6 +21,24 @@ from permlab.config.plan import Plan
 from permlab.config.schema import CONF, component_names, constant, is_component, missing, verbatim_keys
 from permlab.errors import ConfigError, nearest
 
+# Groups of which nothing need be chosen.
+OPTIONAL_GROUPS = ("debug", "experiment", "tuned")
+# What to use instead of a key of Hydra's that begins so, without its `hydra`.
+IN_PLACE_OF_HYDRA = (
+    ((".run", ".sweep.", "/output"), "runs lie below paths.runs={value}"),
+    (
+        ("/launcher", ".launcher"),
+        "-m runs its jobs one by one, each in a process of its own; python -m permlab.sweep runs --processes at a time",
+    ),
+    (
+        ("/sweeper", ".sweeper"),
+        "-m runs every combination of comma-separated values; python -m permlab.sweep runs a grid of sweeps/",
+    ),
+    ((".mode",), "-m runs every combination of comma-separated values"),
+    (("/job_logging", "/hydra_logging", ".job_logging", ".verbose"), "PERMLAB_DEBUG=1 shows the traceback of an error"),
+    (("/help", ".help"), "--help has every choice"),
+)
+
 
 def parse_overrides(words: Sequence[str]) -> list[Override]:
     """Hydra's parse of each override; all that cannot be read are reported together."""
@@ -90,12 +108,15 @@ def resolve(name: str, words: Sequence[str]) -> Any:
 def compose_config(name: str, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Plain configuration from Hydra, and the choices that had to be left out because they do not exist."""
     problems, usable = [], []
+    chosen_by: dict[str, Override] = {}  # the first word that makes a group's choice
     for override in parse_overrides(words):
-        problem = _check_override(override)
+        if override.key_or_group in OPTIONAL_GROUPS and override.value() is None:
+            continue
+        problem = _check_override(override) or _check_once(override, chosen_by)
         if problem:
             problems.append(problem)
         else:
-            usable.append(_forced(override, name))
+            usable.append(_forced(override))
     try:
         composed, chosen = _compose(name, usable)
     except (
@@ -167,10 +188,11 @@ def _keys_of_experiments(words: Sequence[str]) -> list[str]:
 
 def _check_override(override: Override) -> str | None:
     key, value = override.key_or_group, override.value()
+    if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+        return f"{override.input_line}: Hydra's own settings are not used; {_in_place_of_hydra(key, value)}"
     if override.is_sweep_override():
         return f"{override.input_line}: several values need -m"
-    folder = CONF / key
-    if not folder.is_dir() or override.type == OverrideType.DEL:
+    if not _is_group(key) or override.type == OverrideType.DEL:
         return None
     valid = component_names(key)
     if isinstance(value, str) and value in valid:
@@ -179,9 +201,34 @@ def _check_override(override: Override) -> str | None:
     return f"{key}={value}: {reason}" if reason else f"{key}={value}: no such choice{nearest(value, valid)}"
 
 
-def _forced(override: Override, name: str) -> str:
-    """The override with `++`, so that a key Hydra does not know is still composed and then reported by us."""
+def _in_place_of_hydra(key: str, value: Any) -> str:
+    """What does here what people set that key of Hydra's for."""
+    for beginnings, answer in IN_PLACE_OF_HYDRA:
+        if key.removeprefix("hydra").startswith(beginnings):
+            return answer.format(value=value)
+    return "--help says what is"
+
+
+def _check_once(override: Override, chosen_by: dict[str, Override]) -> str | None:
+    """Of two choices in one group the last would win without a word."""
+    if not _is_group(override.key_or_group):
+        return None
+    first = chosen_by.setdefault(override.key_or_group, override)
+    both = f"-m {first.key_or_group}={first.value()},{override.value()} runs both"
+    return None if first is override else f"{override.input_line}: there is {first.input_line} before it; {both}"
+
+
+def _is_group(key: str) -> bool:
+    return (CONF / key).is_dir()
+
+
+def _forced(override: Override) -> str:
+    """The override with `++`, so that a key Hydra does not know is still composed and then reported by us.
+
+    Whoever writes a plus himself, as Hydra wants it for keys that no file has, means the same; in front of a
+    group, each of which has its place here, it means nothing.
+    """
     line = override.input_line or ""
-    if override.type == OverrideType.CHANGE and not (CONF / override.key_or_group).is_dir():
-        return f"++{line}"
-    return line
+    if override.type == OverrideType.DEL:
+        return line
+    return line.lstrip("+") if _is_group(override.key_or_group) else f"++{line.lstrip('+')}"

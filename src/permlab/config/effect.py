@@ -57,6 +57,9 @@ def _of_components(plan: Plan) -> Iterator[Idle]:
 def _of_trainer(config: Mapping[str, Any]) -> Iterator[Idle]:
     if config["trainer"]["on_nonfinite"] == "stop":
         yield "trainer.max_skips", "trainer.on_nonfinite=stop"
+    if config["trainer"]["overfit_batches"]:
+        for key in ("limit_train_batches", "limit_val_batches"):
+            yield f"trainer.{key}", f"trainer.overfit_batches={config['trainer']['overfit_batches']}"
     mode = config["logger"]["mode"]
     for key in {"disabled": ("project", "entity", "tags", "log_artifacts"), "offline": ("log_artifacts",)}.get(
         mode, ()

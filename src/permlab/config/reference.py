@@ -40,7 +40,7 @@ def page() -> str:
     for group in GROUPS:
         parts.append(f"## {group}\n")
         if group not in COMPONENT_GROUPS:
-            name = component_names(group)[0] if group != "trainer" else "cpu"
+            name = {"optim": "adamw", "trainer": "cpu", "logger": "wandb"}[group]  # the presets with comments
             checked = {key: option for key, option in schema(group, None).items() if _is_checked(group, key)}
             parts.append(_table(f"{group}={name}", f"{group}.", checked, CONF / group / f"{name}.yaml"))
             continue
@@ -55,6 +55,33 @@ def page() -> str:
                 )
     parts.append("`trainer.` takes every other argument of `lightning.Trainer` as well, which checks them itself.\n")
     return "\n".join(parts)
+
+
+# Keys of groups that `--help` has beside those of the script's own file: group, preset that has them, keys.
+OFTEN_SET = (
+    ("trainer", "cpu", ("max_steps", "max_epochs", "devices", "precision", "val_check_interval", "profiler")),
+    ("optim", "adamw", ("lr", "weight_decay", "schedule")),
+    ("data", "digits", ("batch_size", "num_workers")),
+)
+
+
+def overview(name: str) -> dict[str, str]:
+    """`key=default` and its meaning: keys of the file of `train` or `eval`, and for `train` those most often set."""
+    path = CONF / f"{name}.yaml"
+    meanings = OTHERS | _comments(path)
+    found = {key: value for key, value in _values(path, "").items() if key != "defaults"}
+    leaves = {key: value for key, value in found.items() if not isinstance(value, dict)}
+    for section in (key for key in found if key not in leaves):
+        leaves |= {f"{section}.{key}": value for key, value in found[section].items()}
+    for group, preset, keys in OFTEN_SET if name == "train" else ():
+        comments = _comments(CONF / group / f"{preset}.yaml")
+        values = _settings(group, preset)
+        leaves |= {f"{group}.{key}": values[key] for key in keys}
+        meanings |= SHARED | {f"{group}.{key}": text for key, text in comments.items()}
+    return {
+        f"{key}={_short(value)}": meanings.get(key, meanings.get(key.split(".")[-1], ""))
+        for key, value in leaves.items()
+    }
 
 
 def _is_checked(group: str, key: str) -> bool:
@@ -133,6 +160,7 @@ SHARED = {
 OTHERS = {
     "name": "the preset",
     "seed": "of weights, splits, order of batches and noise",
+    "debug": "preset of `conf/debug/` that the run is made with; such a run is never taken for another",
     "runs": "folder that holds all runs",
     "data": "folder that holds datasets, each in one of its own",
     "beta1": "decay of AdamW's mean of gradients",

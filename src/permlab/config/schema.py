@@ -8,13 +8,14 @@ constructor.
 import ast
 import importlib.util
 import re
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from permlab.errors import ConfigError, nearest
 from permlab.option import (
+    REQUIRED,
     AddedLater,
     Fraction,
     NonNegativeFloat,
@@ -35,25 +36,25 @@ PACKAGE = Path(__file__).resolve().parents[1]
 CONF = PACKAGE.parents[1] / "conf"
 COMPONENT_GROUPS = ("model", "method", "task", "data")
 GROUPS = (*COMPONENT_GROUPS, "optim", "trainer", "logger")
-# Arguments of lightning.Trainer that this package sets itself.
-OWN_TRAINER_KEYS = (
-    "logger",
-    "callbacks",
-    "default_root_dir",
-    "enable_checkpointing",
-    "use_distributed_sampler",
-    "plugins",
-    "barebones",
-    "fast_dev_run",
-    "num_sanity_val_steps",
-    "reload_dataloaders_every_n_epochs",
-    "enable_autolog_hparams",
-    "model_registry",
-)
-
-
+# Parts of the root that are no choice of a file.
+SECTIONS = ("paths", "checkpoint")
+# Arguments of lightning.Trainer that no run is given, and what to set instead.
+OWN_TRAINER_KEYS = dict.fromkeys(
+    (
+        *("callbacks", "plugins", "barebones", "use_distributed_sampler", "num_sanity_val_steps"),
+        *("reload_dataloaders_every_n_epochs", "enable_autolog_hparams", "model_registry"),
+    ),
+    "set by permlab itself",
+) | {
+    "logger": "set by permlab itself; logger=csv, tensorboard, wandb or none is a group of its own",
+    "default_root_dir": "set by permlab itself; runs lie below paths.runs",
+    "enable_checkpointing": "set by permlab itself; checkpoint.* says how often and how many",
+    "fast_dev_run": "not used, as it keeps nothing to test; debug=fdr runs all there is on one batch of each split",
+}
 # Keys of the trainer group that permlab reads itself and lightning.Trainer does not know.
-EXTRA_TRAINER_KEYS = ("name", "on_nonfinite", "max_skips")
+EXTRA_TRAINER_KEYS = ("name", "on_nonfinite", "max_skips", "profiler")
+# Batches of an epoch, or a part of them.
+Batches = PositiveInt | Annotated[float, Range(gt=0, le=1)]
 
 
 @dataclass
@@ -96,8 +97,8 @@ class TrainerKeys:
     """The arguments of lightning.Trainer whose values are checked; the others are passed on by name."""
 
     name: str
-    accelerator: str
-    strategy: str
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"]
+    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp"]
     devices: PositiveInt | Literal["auto", -1] | list[int] | str
     num_nodes: PositiveInt
     precision: str | Literal[16, 32, 64]
@@ -110,6 +111,14 @@ class TrainerKeys:
     # At NaN or infinity: end the run, or leave out that optimiser step.
     on_nonfinite: Annotated[Literal["stop", "skip"], AddedLater("stop")]
     max_skips: Annotated[NonNegativeInt, AddedLater(10)]  # optimiser steps that may be left out
+    limit_train_batches: Annotated[Batches | None, AddedLater(None)]
+    limit_val_batches: Annotated[Batches | None, AddedLater(None)]
+    limit_test_batches: Annotated[Batches | None, AddedLater(None)]
+    overfit_batches: Annotated[PositiveInt | Fraction, AddedLater(0)]
+    detect_anomaly: Annotated[bool, AddedLater(False)]
+    profiler: Annotated[Literal["simple", "advanced", "pytorch"] | None, AddedLater(None)]
+    enable_progress_bar: Annotated[bool, AddedLater(True)]
+    enable_model_summary: Annotated[bool, AddedLater(False)]
 
 
 @dataclass
@@ -120,6 +129,7 @@ class LoggerKeys:
     entity: str | None
     tags: list[str]
     log_artifacts: bool
+    copies: Annotated[list[Literal["csv", "tensorboard"]], AddedLater([])]
 
 
 @dataclass
@@ -144,6 +154,7 @@ class RootKeys:
     num_threads: PositiveInt | None
     ckpt_path: Verbatim | None
     figures: Annotated[bool, AddedLater(True)]
+    debug: Annotated[str | None, AddedLater(None)] = None  # so no debugging run passes for the run that it debugs
 
 
 @dataclass
@@ -218,7 +229,10 @@ def verbatim_keys() -> frozenset[str]:
 
 def schema(group: str, component: str | None) -> dict[str, Option]:
     """Keys of a group: the shared ones and those of the chosen component."""
-    own = {field.name: Option(field.type) for field in fields(_SCHEMAS[group])}
+    own = {
+        field.name: Option(field.type, REQUIRED if field.default is MISSING else field.default)
+        for field in fields(_SCHEMAS[group])
+    }
     if group in COMPONENT_GROUPS and component is not None:
         own |= component_options(group, component)
     if group == "trainer":

@@ -109,6 +109,7 @@ class Loader:
         seed: of the order of every epoch.
         shuffle: draw an order per epoch and drop the incomplete last batch; otherwise keep the
             dataset's order and every sample (ranks may then differ by one batch).
+        repeat: give every epoch the order of the first, to learn a few batches by heart.
         num_workers: processes that fetch ahead; 0 fetches in this one.
         rank, num_ranks: this process's place among those that share the data.
     Raises:
@@ -122,6 +123,7 @@ class Loader:
         batch_size: int,
         seed: int = 0,
         shuffle: bool = False,
+        repeat: bool = False,
         num_workers: int = 0,
         rank: int = 0,
         num_ranks: int = 1,
@@ -129,7 +131,7 @@ class Loader:
         if len(dataset) < num_ranks:
             raise ValueError(f"{len(dataset)} samples are too few for {num_ranks} processes")
         self.dataset, self.batch_size, self.seed, self.shuffle = dataset, batch_size, seed, shuffle
-        self.num_workers, self.rank, self.num_ranks = num_workers, rank, num_ranks
+        self.repeat, self.num_workers, self.rank, self.num_ranks = repeat, num_workers, rank, num_ranks
         self.epoch = 0
         self.num_consumed = 0
         self._resumed = False
@@ -152,7 +154,9 @@ class Loader:
         """Indices of every batch of an epoch, for this rank."""
         if not self.shuffle:
             return self._slices(np.arange(len(self.dataset)))
-        return self._slices(np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset)))
+        return self._slices(
+            np.random.default_rng([self.seed, 0 if self.repeat else epoch]).permutation(len(self.dataset))
+        )
 
     def __iter__(self) -> Iterator[Any]:
         # Lightning makes iterators that it never reads, so nothing may change before the first batch.

@@ -50,7 +50,7 @@ class DataModule(L.LightningDataModule):
             return self.component.dataset(split, self.seed)
 
     def _loader(self, split: str) -> Loader:
-        trainer = self.trainer
+        trainer: Any = self.trainer
         dataset = self._dataset(split)
         with data_errors():
             return Loader(
@@ -58,6 +58,7 @@ class DataModule(L.LightningDataModule):
                 batch_size=self.settings["batch_size"],
                 seed=self.seed,
                 shuffle=split == "train",
+                repeat=bool(trainer and trainer.overfit_batches),
                 num_workers=self._num_workers(),
                 rank=trainer.global_rank if trainer else 0,
                 num_ranks=trainer.world_size if trainer else 1,

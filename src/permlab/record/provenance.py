@@ -44,8 +44,13 @@ def collect(*, device: str | None, command: str | None = None) -> dict[str, Any]
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": device,
-        "command": redact(command or shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])),
+        "command": redact(command or shlex.join(["python", *_program(Path(sys.argv[0])), *sys.argv[1:]])),
     }
+
+
+def _program(path: Path) -> list[str]:
+    """What stands behind `python`: a script, or a package with -m."""
+    return ["-m", path.parent.name] if path.name == "__main__.py" else [path.name]
 
 
 def read_provenance(run_dir: Path) -> dict[str, Any]:

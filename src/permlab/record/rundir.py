@@ -25,7 +25,7 @@ from permlab.record import provenance
 
 # Everything that a run writes, and so everything that repeating it may delete.
 FILES = ("config.yaml", "provenance.json", "metrics.jsonl", "summary.json", "DONE", "FAILED")
-FOLDERS = ("arrays", "figures", "checkpoints", "wandb")
+FOLDERS = ("arrays", "figures", "checkpoints", "wandb", "csv", "tensorboard", "profile")
 # What `DONE` vouches for.
 RESULTS = ("config.yaml", "metrics.jsonl", "summary.json", "checkpoints/best.ckpt")
 

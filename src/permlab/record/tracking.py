@@ -1,4 +1,4 @@
-"""Metrics of a run: into its own files, and from there mirrored to Weights & Biases.
+"""Metrics of a run: into its own files, and from there mirrored to Weights & Biases and copied for other readers.
 
 The files are the record that figures, reports and evaluation read. The mirror may fail for any
 reason, at any time, and the run goes on without it.
@@ -15,17 +15,17 @@ import yaml
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from permlab.record.copies import STEP, Copy
 from permlab.record.provenance import read_provenance
 from permlab.record.rundir import MetricsFile, is_done, read_metrics, read_summary
 
-STEP = "trainer/global_step"
 # Seconds. Training waits this long for a server that does not answer, and not longer.
 INIT_TIMEOUT = 30.0
 FINISH_TIMEOUT = 600.0
 
 
 class RunLogger(Logger):
-    """Lightning's logger of a run: `metrics.jsonl`, and W&B as its mirror.
+    """Lightning's logger of a run: `metrics.jsonl`, W&B as its mirror, and copies.
 
     Values logged for one step in several calls make one line, and one row in W&B. A step is
     the number of optimiser steps done; metrics that go through `LightningModule.log` arrive
@@ -37,6 +37,7 @@ class RunLogger(Logger):
         mode: `offline` (files that `wandb sync` uploads later), `online`, or `disabled`.
         project, entity, tags, group, job_type: where W&B files the run.
         log_artifacts: upload the checkpoints when online.
+        copies: further formats, see `permlab.record.copies`.
     """
 
     def __init__(
@@ -51,11 +52,13 @@ class RunLogger(Logger):
         log_artifacts: bool,
         group: str,
         job_type: str,
+        copies: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.run_dir = run_dir
         settings = {"project": project, "entity": entity, "tags": list(tags), "group": group, "job_type": job_type}
         self.mirror = Mirror(run_dir, mode=mode, config=config, **settings)
+        self.copies = [Copy(run_dir, name, config) for name in copies]
         self._uploads = log_artifacts and mode == "online"
         self._file = MetricsFile(run_dir / "metrics.jsonl")
         self._row: dict[str, Any] = {}
@@ -107,6 +110,8 @@ class RunLogger(Logger):
         if self._uploads:
             self.mirror.log_checkpoints(sorted((self.run_dir / "checkpoints").glob("*.ckpt")))
         self.mirror.end(summary)
+        for copy in self.copies:
+            copy.end(summary)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -114,10 +119,14 @@ class RunLogger(Logger):
         self._mirror_row()
         if status != "success":
             self.mirror.end({}, exit_code=1)
+            for copy in self.copies:
+                copy.end({})
 
     def _mirror_row(self) -> None:
         if self._row:
-            self.mirror.log(self._row)
+            readers: list[Any] = [self.mirror, *self.copies]
+            for copy in readers:
+                copy.log(self._row)
             self._row = {}
 
 

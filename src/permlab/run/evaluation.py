@@ -16,7 +16,7 @@ from permlab.record.tracking import replay
 from permlab.run import trainer as lightning
 from permlab.run.assembly import Assembly, assemble
 from permlab.run.companion import companion_directory
-from permlab.task.learner import Summary
+from permlab.task.learner import Learner, Summary
 
 
 def evaluate(config: Mapping[str, Any]) -> Summary:
@@ -64,6 +64,17 @@ def evaluate_best(plan: Plan, parts: Assembly, *, split: str = "test") -> Summar
     """
     load_weights(plan.directory / "checkpoints" / "best.ckpt", *parts.learner.tested())
     return lightning.run_test(lightning.testing_trainer(plan), parts, split=split)
+
+
+def load_learner(run_dir: Path) -> Learner:
+    """A finished run's learner with the weights that were picked, in evaluation mode.
+
+    Raises:
+        ConfigError: if a file of the run cannot be read.
+    """
+    parts = assemble(_without_pretrained(read_plan(run_dir)))
+    load_weights(run_dir / "checkpoints" / "best.ckpt", *parts.learner.tested())
+    return parts.learner.eval()
 
 
 def _in_one_process(plan: Plan) -> Plan:

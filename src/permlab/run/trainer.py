@@ -1,6 +1,7 @@
 """Lightning's side of a run: arguments, callbacks, logger, and where training goes on."""
 
 import logging
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from permlab.callback.interrupt import keep_signals
 from permlab.callback.keep_best import KeepBest
@@ -31,6 +34,11 @@ from permlab.task.learner import Learner, Summary
 
 # Parameters; below this one thread is fastest.
 SMALL_MODEL = 10_000
+
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+PROFILE = "profile"
+# Of a profile, which begins with what took longest, this much is printed.
+PROFILE_LINES = 20
 
 # Lightning's remarks that are no news here: how it logs, that a resumed run's folder has files, that
 # frozen weights are not trained, and that values be shared which are metrics of all ranks already.
@@ -100,6 +108,7 @@ def training_trainer(plan: Plan, parts: Assembly, logger: RunLogger, saving: Sav
         plugins=[CheckpointFiles(plan.config["checkpoint"]["keep"])],
         default_root_dir=plan.directory,
         num_sanity_val_steps=0,
+        profiler=make_profiler(plan),
     )
 
 
@@ -119,6 +128,20 @@ def make_logger(plan: Plan) -> RunLogger:
     settings = {key: value for key, value in config["logger"].items() if key != "name"}
     job_type = config["task"]["name"]
     return RunLogger(plan.directory, config=dict(config), group=plan.digest, job_type=job_type, **settings)
+
+
+def make_profiler(plan: Plan) -> Profiler | None:
+    """Lightning's profiler, if one is wanted; it writes into the run directory's `profile/`."""
+    name = plan.config["trainer"]["profiler"]
+    return PROFILERS[name](dirpath=plan.directory / PROFILE, filename=name) if name else None
+
+
+def print_profile(profiler: Profiler) -> None:
+    """Print the first lines of what a profiler, if there is one, has written of the training."""
+    paths = sorted(Path(profiler.dirpath).glob("fit-*.txt")) if profiler.dirpath and is_rank_zero() else []
+    for path in paths:
+        lines = [re.sub(" {3,}", "  ", line) for line in path.read_text().splitlines() if line.strip("-= ")]
+        print(*lines[:PROFILE_LINES], f"profile: {path} ({len(lines)} lines)", sep="\n", flush=True)
 
 
 def _callbacks(plan: Plan, parts: Assembly) -> list[L.Callback]:
@@ -175,10 +198,13 @@ def fit(trainer: L.Trainer, parts: Assembly, checkpoint: Path | None) -> None:
     """Train, from a checkpoint if there is one.
 
     Raises:
-        ConfigError: if the checkpoint is that of another run.
+        ConfigError: if the checkpoint is that of another run, or arguments of the trainer do not fit the data.
     """
     try:
         trainer.fit(parts.learner, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
+        print_profile(trainer.profiler)  # type: ignore[attr-defined]
+    except MisconfigurationException as error:
+        raise ConfigError(f"trainer: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         if checkpoint is None or parts.learner.started:
             raise
@@ -190,7 +216,10 @@ def run_test(trainer: L.Trainer, parts: Assembly, *, split: str = "test") -> Sum
     """Metrics of the learner as it is, on `test` or `val`."""
     trainer.logger = None
     run = trainer.test if split == "test" else trainer.validate
-    run(parts.learner, datamodule=parts.data, verbose=False)
+    try:
+        run(parts.learner, datamodule=parts.data, verbose=False)
+    except MisconfigurationException as error:  # such as a limit that leaves no batch
+        raise ConfigError(f"trainer: {error}") from error
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(f"{split}/")}
 
 

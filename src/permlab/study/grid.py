@@ -28,6 +28,11 @@ def sweep_names(prefix: str = "") -> list[str]:
     return sorted(path.stem for path in SWEEPS.glob(f"{prefix}*.yaml"))
 
 
+def sweep_comments() -> dict[str, str]:
+    """What the first line of every file in `sweeps/` says, by stem."""
+    return {name: (SWEEPS / f"{name}.yaml").read_text().partition("\n")[0].lstrip("# ") for name in sweep_names()}
+
+
 def read_sweep(name: str) -> list[Job]:
     """Jobs of `sweeps/<name>.yaml`, each a list of overrides; the last parameter varies fastest.
 
@@ -36,7 +41,7 @@ def read_sweep(name: str) -> list[Job]:
     """
     path = SWEEPS / f"{name}.yaml"
     if not re.fullmatch(r"\w[\w.-]*", name) or not path.is_file():
-        raise ConfigError(f"NAME={name}: no such sweep{nearest(name, sweep_names())}")
+        raise ConfigError(f"NAME={name}: no such sweep{nearest(name, sweep_names(), count=3)}")
     try:
         sweep = dict(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, ValueError, TypeError) as error:

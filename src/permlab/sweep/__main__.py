@@ -16,7 +16,7 @@ from permlab.config.schema import CONF
 from permlab.errors import ConfigError, RunError, nearest
 from permlab.record.rundir import is_done
 from permlab.run.outlook import announce_jobs
-from permlab.study.grid import read_sweep, sweep_names
+from permlab.study.grid import read_sweep, sweep_comments, sweep_names
 from permlab.study.jobs import resolve_jobs, run_jobs
 from permlab.study.table import write_table
 
@@ -26,7 +26,7 @@ RESULTS = CONF.parent / "results"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run sweeps or a study; returns the worst exit code of its jobs."""
     parser = argparse.ArgumentParser(prog="python -m permlab.sweep", description="Run studies.")
-    parser.add_argument("names", nargs="*", help="stems of files in sweeps/")
+    parser.add_argument("names", nargs="*", help="stems of files in sweeps/; none: list them")
     parser.add_argument("--study", help="run every sweep whose name begins so, and write results/<study>.md and .csv")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8), help="jobs at a time")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override for every job")
@@ -45,8 +45,14 @@ def _run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--study {options.study}: no name of a study")
     if options.study:
         names += sweep_names(f"{options.study}_")
+    if not names and options.study:
+        studies = {name.partition("_")[0] for name in sweep_names()}
+        raise ConfigError(
+            f"--study {options.study}: no sweep's name begins so{nearest(options.study, sorted(studies))}"
+        )
     if not names:
-        raise ConfigError(f"nothing to run{nearest('', sweep_names())}")
+        print(_listing())
+        return 0
     threads = [] if options.processes == 1 else ["num_threads=1"]
     jobs = [[*threads, *job, *options.set] for name in names for job in read_sweep(name)]
     plans = resolve_jobs("train", jobs)
@@ -56,6 +62,17 @@ def _run(options: argparse.Namespace) -> int:
     finished = [plan for plan in plans if plan is not None and is_done(plan.directory)]
     print(write_table(finished, RESULTS / (options.study or "_".join(names))))
     return max(codes, default=0)
+
+
+def _listing() -> str:
+    """Every sweep with its comment."""
+    comments = sweep_comments()
+    width = max(map(len, comments), default=0)
+    lines = [f"{name:<{width}}  {comment}" for name, comment in comments.items()]
+    how = (
+        "make sweep NAME=<name> runs one, or goes on with it; python -m permlab.sweep --study <first word> runs several"
+    )
+    return "\n".join([*lines, how])
 
 
 if __name__ == "__main__":
