@@ -121,7 +121,7 @@ def test_an_epoch_cut_short_and_a_validation_cut_short_start_anew() -> None:
 def test_there_are_no_more_workers_than_cores(monkeypatch, asked: int, cores: int, ranks: int, expected: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     module = module_of(DIGITS | {"num_workers": asked}, seed=0)
-    module.trainer = SimpleNamespace(num_devices=ranks, global_rank=0, world_size=ranks)
+    module.trainer = SimpleNamespace(num_devices=ranks, global_rank=0, world_size=ranks, overfit_batches=0)
     assert module.train_dataloader().num_workers == expected
 
 

@@ -17,7 +17,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "src"
 PACKAGE = SOURCE / "permlab"
 # From the roof down, rooms of one storey together. `task/` stands for the folder of any task.
 STOREYS = (
-    *(("cli", "sweep", "timm_models", "door"), ("run",), ("study",), ("callback",), ("task/",), ("task",)),
+    *(("door",), ("cli", "sweep", "timm_models"), ("run",), ("study",), ("callback",), ("task/",), ("task",)),
     *(("method",), ("sparsity",)),
     *(("figure",), ("record",), ("model",), ("config",), ("data",), ("ops",), ("ground",)),
 )

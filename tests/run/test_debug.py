@@ -109,7 +109,7 @@ def test_overfitting_repeats_its_batches() -> None:
     assert loaders[0].batches(0) == loaders[0].batches(5) == loaders[1].batches(0) != loaders[1].batches(5)
     data = data_module(resolve_train([])[0].config)
     for overfit in (0, 3):
-        data.trainer = SimpleNamespace(global_rank=0, world_size=1, overfit_batches=overfit)
+        data.trainer = SimpleNamespace(global_rank=0, world_size=1, num_devices=1, overfit_batches=overfit)
         assert data.train_dataloader().repeat == bool(overfit)
 
 

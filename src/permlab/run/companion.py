@@ -22,15 +22,19 @@ from permlab.task.task import Companion
 def companion_plan(plan: Plan, companion: Companion) -> Plan:
     """Plan of another run: composed from words, joined with the keys it takes over, and changed.
 
-    A run for debugging has such companions; that it is repeated or profiled holds for itself alone.
+    A run for debugging has such companions, none of them longer than its preset says; that it is repeated or
+    profiled holds for itself alone.
     """
     debug = (f"debug={plan.config['debug']}",) if plan.config.get("debug") else ()
     config = copy.deepcopy(_composed((*companion.words, *debug))) if companion.words else {}
+    shortest = config["trainer"]["max_steps"] if config and debug else None
     for dotted in companion.take:
         if _has(plan.config, dotted):
             _put(config, dotted, copy.deepcopy(_get(plan.config, dotted)))
     for dotted, value in companion.change.items():
         _put(config, dotted, value)
+    if shortest is not None and (shortest == -1 or shortest < config["trainer"]["max_steps"]):
+        config["trainer"]["max_steps"] = shortest
     for dotted, value in {"force": False, "trainer.profiler": None}.items():
         _put(config, dotted, value)
     return plan_of(config)
