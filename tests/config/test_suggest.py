@@ -3,6 +3,7 @@
 import pytest
 
 from permlab.config.compose import resolve_train
+from permlab.config.suggest import nearest_key
 from permlab.errors import ConfigError
 
 
@@ -38,6 +39,13 @@ def test_a_key_is_looked_for_in_every_group(word: str, suggested: str) -> None:
 def test_a_key_that_is_like_none_has_those_of_its_group() -> None:
     assert "unknown key; valid choices: " in problem_of("qqqq=1")
     assert "trainer" in problem_of("qqqq=1")
+
+
+@pytest.mark.parametrize("key", [None, 3, ("a", 1), "", True])
+@pytest.mark.parametrize("group", ["", "method"])
+def test_a_file_may_hold_any_key_and_any_group(key: object, group: str) -> None:
+    for config in ({}, {"method": None, "trainer": 3, "optim": [1], key: 2}):
+        assert nearest_key(group, key, config).startswith("; ")
 
 
 @pytest.mark.parametrize(

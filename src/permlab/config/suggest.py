@@ -19,7 +19,7 @@ from permlab.errors import nearest
 ALIKE = 0.75
 
 
-def nearest_key(group: str, key: str, config: Mapping[str, Any]) -> str:
+def nearest_key(group: str, key: object, config: Mapping[str, Any]) -> str:
     """Suggestion to append to a message: a key nearly of that name, or of that name in another group.
 
     People write `max_steps` for `trainer.max_steps`, so a key without a group is compared with the last part of
@@ -27,19 +27,19 @@ def nearest_key(group: str, key: str, config: Mapping[str, Any]) -> str:
 
     Args:
         group: that the key was looked for in; empty for the root.
-        key: that it does not have.
-        config: as composed.
+        key: that it does not have; in a file it may be anything.
+        config: as composed, or as read from a file.
     Example:
         >>> nearest_key("", "max_step", {})
         '; nearest valid choice: trainer.max_steps'
     """
+    key = str(key)
     if group == "" and key in OWN_TRAINER_KEYS:
         return f"; trainer.{key}: {OWN_TRAINER_KEYS[key]}"
     known = {name: _keys(name) for name in ("", *reversed(GROUPS), *SECTIONS)}
     own = [*known.pop(group), *(GROUPS if group == "" else ())]
     same = [f"{name}.{key}".lstrip(".") for name, keys in known.items() if key in keys]
-    settings = config.get(group) if group else config
-    alike = _alike(key, [name for name in own if name in (settings or ())]) or _alike(key, own)
+    alike = _alike(key, _set(config, group, own)) or _alike(key, own)
     if alike and (not same or group):
         return f"; nearest valid choice: {_dotted(group, alike)}"
     if same:
@@ -47,9 +47,15 @@ def nearest_key(group: str, key: str, config: Mapping[str, Any]) -> str:
     if group:
         return nearest(_dotted(group, key), [_dotted(group, name) for name in own])
     homes = {name: home for home, keys in known.items() for name in keys}
-    set_here = [name for name in homes if name in (config.get(homes[name]) or ())]
+    set_here = [name for home, keys in known.items() for name in _set(config, home, keys)]
     alike = _alike(key, set_here) or _alike(key, list(homes))
     return f"; nearest valid choice: {homes[alike]}.{alike}" if alike else nearest(key, own)
+
+
+def _set(config: Mapping[str, Any], group: str, names: Sequence[str]) -> list[str]:
+    """Those of a group's keys that a configuration sets."""
+    settings = config.get(group) if group else config
+    return [name for name in names if isinstance(settings, Mapping) and name in settings]
 
 
 def _alike(key: str, names: Sequence[str]) -> str | None:
