@@ -689,10 +689,11 @@ def test_a_run_whose_dense_run_is_gone_is_one_line(
     dense = dense_of(study(*FIXED)).rename(tmp_path / "moved")
     try:
         given = study(*FIXED, f"task.dense={dense}")
+        run_dir = given.run_dir  # which is composed from the words, while that run is there
     finally:
         dense.rename(dense_of(study(*FIXED)))
     assert given.code == 0, given.err
-    assert main("eval", [f"run={given.run_dir}"]) == 2
+    assert main("eval", [f"run={run_dir}"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
