@@ -51,8 +51,9 @@ def stratified_number(labels: np.ndarray, number: int, seed: int) -> np.ndarray:
     Raises:
         ValueError: if nothing is picked, or nothing is left.
     Example:
-        >>> stratified_number(np.array([0, 0, 0, 0, 1, 1]), 3, seed=0).reshape(3, 2).sum(axis=1)
-        array([1, 1, 1])
+        >>> labels = np.array([0, 0, 0, 0, 1, 1])
+        >>> np.bincount(labels[stratified_number(labels, 3, seed=0)])
+        array([2, 1])
     """
     if not 0 < number < len(labels):
         raise ValueError(f"{number} of {len(labels)} images leaves training or validation empty")
