@@ -1,5 +1,6 @@
 """What the machine has is looked at before torch is imported, and not where a run is only composed."""
 
+import fnmatch
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ import permlab.config.machine
 import permlab.run.story
 from permlab.cli import main
 from permlab.config.compose import resolve_train
-from permlab.config.machine import check_machine, count_cores, count_gpus
+from permlab.config.machine import check_machine, count_gpus
+from permlab.data.cores import count_cores
 from permlab.errors import ConfigError
 
 
@@ -47,13 +49,17 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gpus_are_counted_as_the_driver_shows_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(permlab.config.machine.sys, "platform", "linux")
-    monkeypatch.setattr(permlab.config.machine.Path, "exists", lambda self: False)
-    monkeypatch.setattr(permlab.config.machine.Path, "glob", lambda self, pattern: [self] * 4)
+    present = ["nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl"]
+    monkeypatch.setattr(
+        permlab.config.machine.Path, "glob", lambda self, pattern: fnmatch.filter(present, pattern)
+    )  # fmt: skip
     for visible, count in {"": 0, "0": 1, "1,3": 2, "-1": 0, "0,-1,2": 1, "0,1,2,3,4,5": 4}.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert count_gpus() == count, visible
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert count_gpus() == 4
+    present[:] = ["nvhost-gpu"]
+    assert count_gpus() is None, "a Tegra board's GPU has another name"
     monkeypatch.setattr(permlab.config.machine.sys, "platform", "darwin")
     assert count_gpus() is None
     assert count_cores() >= 1

@@ -24,9 +24,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from presets import without_preset
 
 from permlab.config.build import build
-from permlab.config.schema import PACKAGE, class_name, component_options, components, constant, missing
+from permlab.config.schema import component_options, constant
 from permlab.data.loader import Batchable, Loader
 from permlab.errors import ConfigError
 
@@ -148,10 +149,7 @@ def same(first: list[Any], second: list[Any]) -> bool:
 
 
 def test_every_data_set_has_a_preset():
-    for path in sorted((PACKAGE / "data").glob("*.py")):
-        found = getattr(importlib.import_module(f"permlab.data.{path.stem}"), class_name(path.stem), None)
-        if hasattr(found, "kind") and hasattr(found, "dataset"):
-            assert path.stem in components("data"), f"no preset of {path.stem} is found: {missing('data', path.stem)}"
+    assert without_preset("data", lambda cls: hasattr(cls, "kind") and hasattr(cls, "dataset")) == []
 
 
 def test_the_shape_is_known_before_torch_is_imported(tmp_path):

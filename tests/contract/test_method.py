@@ -6,7 +6,6 @@ parameters, a soft matrix, a log-probability, is its sample left to chance) is r
 
 import contextlib
 import functools
-import importlib
 import io
 import json
 import math
@@ -21,11 +20,12 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from presets import without_preset
 from scipy.stats import chi2_contingency, chisquare
 from torch.func import functional_call
 
 from permlab.config.build import build
-from permlab.config.schema import PACKAGE, class_name, component_options, components, missing
+from permlab.config.schema import component_options
 from permlab.errors import ConfigError
 from permlab.method.base import Method
 from permlab.option import choices, matches
@@ -154,11 +154,7 @@ CONSTANT = those(
 
 
 def test_every_method_has_a_preset():
-    for path in sorted((PACKAGE / "method").glob("*.py")):
-        found = getattr(importlib.import_module(f"permlab.method.{path.stem}"), class_name(path.stem), None)
-        if isinstance(found, type) and issubclass(found, Method):
-            lacks = missing("method", path.stem)
-            assert path.stem in components("method"), f"no preset of {path.stem} is found: {lacks}"
+    assert without_preset("method", lambda cls: isinstance(cls, type) and issubclass(cls, Method)) == []
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -18,9 +18,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from presets import without_preset
 
 from permlab.config.build import build
-from permlab.config.schema import PACKAGE, class_name, component_options, components, missing
+from permlab.config.schema import class_name, component_options
 from permlab.data.spec import DataSpec
 from permlab.errors import ConfigError
 from permlab.model.base import Backbone
@@ -148,11 +149,7 @@ def test_items_features_and_logits_have_their_shapes(preset, kind):
 
 
 def test_every_model_has_a_preset():
-    for path in sorted((PACKAGE / "model").glob("*.py")):
-        found = getattr(importlib.import_module(f"permlab.model.{path.stem}"), class_name(path.stem), None)
-        if isinstance(found, type) and issubclass(found, Backbone):
-            lacks = missing("model", path.stem)
-            assert path.stem in components("model"), f"no preset of {path.stem} is found: {lacks}"
+    assert without_preset("model", lambda cls: isinstance(cls, type) and issubclass(cls, Backbone)) == []
 
 
 def test_every_model_has_a_small_preset():

@@ -127,7 +127,9 @@ def test_hidden_and_other_files_are_left_out(tmp_path: Path) -> None:
     (tmp_path / ".cache").mkdir()
     for name in (".b.txt", ".cache/c.txt", "notes.md"):
         (tmp_path / name).write_text("")
-    make(tmp_path).spec()
+    make(tmp_path).spec()  # which refuses an empty file
+    found = [documents_of(tmp_path, split) for split in SPLITS]
+    assert sorted(itertools.chain(*found)) == list(range(20))
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_the_command_without_the_environment_or_the_script_folder(
 
 
 def test_the_command_of_a_package_is_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/home/me/src/permlab/__main__.py", "train", "seed=1"])
+    monkeypatch.setattr(sys, "argv", ["/srv/lab/src/permlab/__main__.py", "train", "seed=1"])
     assert provenance.collect(device=None)["command"] == "python -m permlab train seed=1"
 
 

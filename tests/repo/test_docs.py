@@ -58,14 +58,19 @@ def test_examples_of_the_concepts_are_true() -> None:
     assert result.failed == 0, "".join(said)
 
 
-@pytest.fixture(scope="module")
-def drawing() -> ModuleType:
-    found = importlib.util.spec_from_file_location("draw_concepts", ROOT / "scripts" / "draw_concepts.py")
+def load_module(path: Path) -> ModuleType:
+    """The module in a file that is no part of the package."""
+    found = importlib.util.spec_from_file_location(path.stem, path)
     assert found is not None
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def drawing() -> ModuleType:
+    return load_module(ROOT / "scripts" / "draw_concepts.py")
 
 
 def words(figure: Figure) -> str:
@@ -144,12 +149,7 @@ def written(page: str, path: str, folder: Path) -> ModuleType:
     """The module of a page, as a reader would write it."""
     place = folder / Path(path).name
     place.write_text(files(page)[path])
-    found = importlib.util.spec_from_file_location(place.stem, place)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
+    return load_module(place)
 
 
 def test_the_method_of_the_tutorial_works(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from permlab.data.cores import count_cores
 from permlab.errors import ConfigError
 
 # What copies of the metrics need that is no dependency, each the package and its extra.
@@ -62,14 +63,11 @@ def _num_asked(devices: Any, on_cpu: bool) -> int:
     return int(devices) if str(devices).strip().isdigit() else 0
 
 
-def count_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def count_gpus() -> int | None:
     """CUDA devices that this process may use, from the driver's files; None where these do not tell."""
-    if not sys.platform.startswith("linux") or any(Path(other).exists() for other in ("/dev/kfd", "/dev/dxg")):
+    # Of AMD, of a GPU shared by Windows, of a Tegra board, whose devices have other names.
+    others = [path for name in ("kfd", "dxg", "nvhost*") for path in Path("/dev").glob(name)]
+    if not sys.platform.startswith("linux") or others:
         return None
     present = len(list(Path("/dev").glob("nvidia[0-9]*")))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

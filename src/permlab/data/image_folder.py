@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 
+from permlab.data.cores import count_cores
 from permlab.data.spec import DataSpec
 from permlab.option import AddedLater, Fraction, PositiveInt, Verbatim
 
@@ -254,7 +255,7 @@ def _readable(folder: Path, classes: tuple[str, ...], channels: int) -> np.ndarr
             return str(error)
         return None
 
-    with ThreadPool(os.cpu_count()) as pool:
+    with ThreadPool(count_cores()) as pool:
         problems = pool.map(problem, names)
     readable = np.array([found is None for found in problems])
     empty = sorted(set(range(len(classes))) - set(labels[readable].tolist()))

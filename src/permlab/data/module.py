@@ -1,6 +1,5 @@
 """The three loaders of a run."""
 
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -9,6 +8,7 @@ import lightning as L
 import numpy as np
 from torch import Tensor
 
+from permlab.data.cores import count_cores
 from permlab.data.loader import Batchable, Loader, data_errors
 
 SPLITS = ("train", "val", "test")
@@ -67,7 +67,7 @@ class DataModule(L.LightningDataModule):
     def _num_workers(self) -> int:
         """As many as asked for, and no more than cores of this rank: beyond those they only decode too far ahead."""
         num_ranks = self.trainer.num_devices if self.trainer else 1  # on this machine
-        return min(self.settings["num_workers"], max(1, len(os.sched_getaffinity(0)) // num_ranks))
+        return min(self.settings["num_workers"], max(1, count_cores() // num_ranks))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return batch.finished() if hasattr(batch, "finished") else batch

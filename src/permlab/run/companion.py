@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from permlab.config.check import plan_of
-from permlab.config.compose import resolve_train
+from permlab.config.compose import compose_config
 from permlab.config.plan import Plan
+from permlab.errors import ConfigError
 from permlab.figure.draw import draw_all
 from permlab.record.pulse import duration, say
 from permlab.record.rundir import is_done, is_rank_zero, write_json, write_npz
@@ -42,8 +43,17 @@ def companion_plan(plan: Plan, companion: Companion) -> Plan:
 
 @cache
 def _composed(words: tuple[str, ...]) -> dict[str, Any]:
-    """Once for all that ask: the files of the configuration do not change under a run."""
-    return dict(resolve_train(words)[0].config)
+    """Once for all that ask: the files of the configuration do not change under a run.
+
+    It is checked when it is whole: a data set's files are where the keys say that are taken over.
+
+    Raises:
+        ConfigError: if a choice does not exist.
+    """
+    config, problems = compose_config("train", words)
+    if problems:
+        raise ConfigError(problems)
+    return config
 
 
 def companion_directory(plan: Plan, companion: Companion) -> Path:

@@ -25,7 +25,7 @@ _CYCLE = 30_000
 # The last part of a cycle is without noise; with a budget the last part of it checks single swaps.
 _COOL_FRACTION, _POLISH_FRACTION = 0.1, 0.03
 # Escapes in a row that may find nothing, as many as look at so many scores: none on matrices that are not small.
-_ESCAPES, _ESCAPE_SCORES = 300, 2**24
+_ESCAPES, _ESCAPE_SCORES = 300, 2**22
 # Of a budget, where escapes are that many.
 _ESCAPE_FRACTION = 0.9
 
@@ -90,7 +90,7 @@ def swap_search(
     made with noise on what is compared, which fades away (annealing); then single swaps are made
     while one gains. Small matrices, whose few blocks a round can hardly rearrange, get further
     escapes: a few swaps at random, then the best ones again, until 300 in a row found nothing (fewer
-    the larger the matrix; from about 512 x 512 none). The best order met is returned. It is never
+    the larger the matrix; from about 256 x 256 none). The best order met is returned. It is never
     worse than the start, nor than what the rounds before the first noise reach.
 
     Without a budget the result depends on the arguments only (and on how the processor rounds sums),

@@ -52,7 +52,7 @@ class SparsifiedModel:
         Args:
             folder: new or empty; `load_export(folder, fresh model)` reads it.
             inputs: what the models are compared on.
-            config: of the model, plain containers only; becomes `config.json`.
+            config: of the model, plain containers only; becomes `permlab.json`.
         """
         return export(
             folder,

@@ -6,13 +6,13 @@ files of its runs.
 """
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Sequence
 
 from permlab.cli import main as command_line
 from permlab.config.schema import CONF
+from permlab.data.cores import count_cores
 from permlab.errors import ConfigError, RunError, nearest
 from permlab.record.rundir import is_done
 from permlab.run.outlook import announce_jobs
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m permlab.sweep", description="Run studies.")
     parser.add_argument("names", nargs="*", help="stems of files in sweeps/; none: list them")
     parser.add_argument("--study", help="run every sweep whose name begins so, and write results/<study>.md and .csv")
-    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8), help="jobs at a time")
+    parser.add_argument("--processes", type=int, default=min(count_cores(), 8), help="jobs at a time")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override for every job")
     parser.add_argument("--table", action="store_true", help="only write the table of what has been run")
     options = parser.parse_args(arguments)
