@@ -8,6 +8,7 @@ imported (importing torch alone takes longer than a wrong key deserves).
 
 import ast
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -176,6 +177,8 @@ Verbatim = Annotated[str, TakenAsWritten()]
 # Pixels or patches along the side of an item.
 Side = Annotated[int, Range(gt=0), ItemSide()]
 
+SINGLE_MAX = 3e38
+
 _NAMESPACE: dict[str, Any] = {name: value for name, value in globals().items() if not name.startswith("_")} | {
     "__builtins__": {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
 }
@@ -305,6 +308,18 @@ def matches(value: Any, type_: Any) -> bool:
     if type_ is NoneType or type_ is None:
         return value is None
     return isinstance(value, type_)
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Whether two values are equal; numbers in single precision, in which some checkpoints keep them.
+
+    Example:
+        >>> same_value(9.999999747378752e-06, 1e-5), same_value(1e-6, 1e-5), same_value("a", "a")
+        (True, False, True)
+    """
+    if _is_number(one) and _is_number(other) and max(abs(one), abs(other)) < SINGLE_MAX:
+        return struct.pack("f", one) == struct.pack("f", other)
+    return one == other
 
 
 def _is_number(value: Any) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from permlab.config.build import build
+from permlab.config.checkpoint import fill_in
 from permlab.config.identity import digest, run_directory
 from permlab.data.spec import DataSpec
 from permlab.errors import ConfigError
@@ -47,6 +48,7 @@ def make_plan(config: Mapping[str, Any], directory: Path | None = None) -> Plan:
         ConfigError: if the data set's files are missing or not what they should be, or a component refuses
             its values.
     """
+    config = fill_in(config)
     data, spec = open_data(config["data"])
     task = build("task", config["task"], spec)
     whole = complete(config, spec, task, data)

@@ -70,6 +70,17 @@ class Llama(Backbone):
     stem = "embedding"
     blocks_of = "llama"
 
+    from_checkpoint: ClassVar[dict[str, tuple]] = {
+        "width": ("hidden_size",),
+        "depth": ("num_hidden_layers",),
+        "num_heads": ("num_attention_heads",),
+        "num_kv_heads": ("num_key_value_heads", "num_attention_heads"),
+        "mlp_width": ("intermediate_size",),
+        "norm_eps": ("rms_norm_eps", 1e-6),
+        "rope_theta": ("rope_theta", "rope_parameters.rope_theta", 10000.0),
+        "rope_factor": ("rope_scaling.factor", "rope_parameters.factor", 1.0),
+        "tie_embeddings": ("tie_word_embeddings", False),
+    }
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "rope_theta": ("position", ["item", "none"]),
         "rope_factor": ("position", ["item", "none"]),

@@ -12,6 +12,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig
 
+from permlab.option import same_value
+
 ConfigType = TypeVar("ConfigType", bound=PreTrainedConfig)
 
 _FILES = ("config.json", "model.safetensors.index.json", "model*.safetensors")
@@ -43,12 +45,12 @@ def check_equal(name: str, settings: Mapping[str, tuple[Any, Any]]) -> None:
     """Compare settings of a checkpoint with ours.
 
     Args:
-        settings: the checkpoint's value and ours, by the name of our option.
+        settings: the checkpoint's value and ours, by the name of our option; numbers in single precision.
     Raises:
         ValueError: naming the first that differs, with both values.
     """
     for option, (theirs, ours) in settings.items():
-        if theirs != ours:
+        if not same_value(theirs, ours):
             raise ValueError(f"pretrained={name}: its {option} is {theirs}, not {ours}")
 
 

@@ -1,0 +1,141 @@
+"""What a checkpoint says of itself, read before torch is imported: the sizes of its model, and its own tokenizer.
+
+A model says in its class constant `from_checkpoint`, a literal, where an option is found in the configuration of a
+checkpoint: keys, dotted where they lie in a group, of which the first that is there counts; behind them, if anything
+other than text, what holds where none is. Options that are null are filled in from there, and those that are given
+are compared with it.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from permlab.config.schema import CONF, component_options, constant
+from permlab.data.source import is_published
+from permlab.data.tokenizer import HUB_NAME, has_tokenizer
+from permlab.errors import ConfigError
+from permlab.option import describe, matches, same_value
+
+# Tokens that a model has an embedding for, in every configuration of transformers.
+VOCABULARY = "vocab_size"
+
+
+def derived(component: str) -> Mapping[str, tuple[Any, ...]]:
+    """Options of a model that may be null for what a checkpoint says, and where it says so."""
+    return constant("model", component, "from_checkpoint") or {}
+
+
+def fill_in(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy in which a model has the sizes of its checkpoint, and text its tokenizer, where nothing else is said.
+
+    Raises:
+        ConfigError: if a size is null and there is no checkpoint, or none that says it.
+    """
+    whole = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+    model, data = whole["model"], whole["data"]
+    places = derived(model["component"])
+    wanted = [option for option in places if model.get(option, 0) is None]
+    if wanted:
+        settings = read_settings(model)
+        for option in wanted:
+            model[option] = _value(model, option, settings)
+    name = model.get("pretrained")
+    if "tokenizer" in data and data["tokenizer"] is None and isinstance(name, str) and has_tokenizer(name):
+        data["tokenizer"] = name
+    return whole
+
+
+def disagreements(config: Mapping[str, Any], num_tokens: int | None) -> Iterator[str]:
+    """Options that are not what the checkpoint in a folder says, and a vocabulary that is not its own.
+
+    A name on the hub is not looked up for that: whoever loads the weights compares them then.
+
+    Args:
+        config: complete.
+        num_tokens: in the data's vocabulary; None for data without.
+    """
+    model = config["model"]
+    places, name = derived(model["component"]), model.get("pretrained")
+    if not places or not isinstance(name, str) or not Path(name).is_dir():
+        return
+    settings = read_settings(model)
+    for option, keys in places.items():
+        theirs = _look_up(settings, keys)
+        if theirs is not None and not same_value(theirs, model[option]):
+            yield f"model.{option}={model[option]}: the checkpoint {name} has {theirs}"
+    own = settings.get(VOCABULARY)
+    if num_tokens is not None and own is not None and own != num_tokens:
+        data = config["data"]
+        hint = "" if not has_tokenizer(name) else f"; nearest valid choice: data.tokenizer={name}"
+        yield (
+            f"data.tokenizer={data.get('tokenizer')}: gives {num_tokens} tokens, and the checkpoint {name} "
+            f"reads {own}{hint}"
+        )
+
+
+def read_settings(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration of the checkpoint that a model starts from.
+
+    Raises:
+        ConfigError: naming the checkpoint, if there is none or it cannot be read.
+    """
+    name = model.get("pretrained")
+    if not isinstance(name, str):
+        sizes = ", ".join(f"model.{option}" for option in derived(model["component"]) if model.get(option, 0) is None)
+        raise ConfigError(
+            f"model.pretrained={name}: model={model['name']} takes {sizes} from a checkpoint; set it to a folder "
+            "or a name on the hub, or choose a model with sizes of its own"
+        )
+    folder = Path(name)
+    if not folder.is_dir() and (folder.is_absolute() or not HUB_NAME.fullmatch(name)):
+        raise ConfigError(f"model.pretrained={name}: no such folder{_how_to_get(model['name'])}")
+    try:
+        path = folder / "config.json" if folder.is_dir() else _download(name)
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"holds a {type(settings).__name__}")
+        return settings
+    except Exception as error:  # the hub's errors are many, and a file may hold anything
+        where = "no readable config.json" if folder.is_dir() else "no such folder, and none from the hub"
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigError(f"model.pretrained={name}: {where} ({type(error).__name__}: {reason})") from error
+
+
+def _download(name: str) -> Path:
+    import huggingface_hub
+
+    return Path(huggingface_hub.hf_hub_download(name, "config.json"))
+
+
+def _how_to_get(preset: str) -> str:
+    path = CONF / "model" / f"{preset}.yaml"
+    return f"; python -m permlab.model get {preset}" if path.is_file() and is_published(path) else ""
+
+
+def _value(model: Mapping[str, Any], option: str, settings: Mapping[str, Any]) -> Any:
+    """What a checkpoint says of an option.
+
+    Raises:
+        ConfigError: if it does not, or what it says is no value of the option.
+    """
+    name, keys = model["pretrained"], derived(model["component"])[option]
+    value = _look_up(settings, keys)
+    if value is None:
+        raise ConfigError(f"model.pretrained={name}: its config.json has no {keys[0]}, which is model.{option}")
+    type_ = component_options("model", model["component"])[option].type
+    if not matches(value, type_):
+        raise ConfigError(f"model.pretrained={name}: its {option} is {value}, expected {describe(type_)}")
+    return value
+
+
+def _look_up(settings: Mapping[str, Any], keys: tuple[Any, ...]) -> Any:
+    for key in keys:
+        if not isinstance(key, str):
+            return key
+        value: Any = settings
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            return value
+    return None
