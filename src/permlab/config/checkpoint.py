@@ -6,16 +6,19 @@ other than text, what holds where none is. Options that are null are filled in f
 are compared with it.
 """
 
+import ast
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from permlab.config.schema import CONF, component_options, constant
 from permlab.data.source import is_published
 from permlab.data.tokenizer import HUB_NAME, has_tokenizer
-from permlab.errors import ConfigError
-from permlab.option import describe, matches, same_value
+from permlab.errors import ConfigError, nearest
+from permlab.option import ItemSide, describe, matches, same_value
 
 # Tokens that a model has an embedding for, in every configuration of transformers.
 VOCABULARY = "vocab_size"
@@ -34,8 +37,9 @@ def fill_in(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     whole = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
     model, data = whole["model"], whole["data"]
-    places = derived(model["component"])
-    wanted = [option for option in places if model.get(option, 0) is None]
+    wanted = [option for option in derived(model["component"]) if model.get(option, 0) is None]
+    if not isinstance(model.get("pretrained"), str):
+        wanted = [option for option in wanted if not _is_side(model, option)]  # which the data has too
     if wanted:
         settings = read_settings(model)
         for option in wanted:
@@ -62,6 +66,8 @@ def disagreements(config: Mapping[str, Any], num_tokens: int | None) -> Iterator
     settings = read_settings(model)
     for option, keys in places.items():
         theirs = _look_up(settings, keys)
+        if _is_side(model, option):
+            continue  # patches are interpolated
         if theirs is not None and not same_value(theirs, model[option]):
             yield f"model.{option}={model[option]}: the checkpoint {name} has {theirs}"
     own = settings.get(VOCABULARY)
@@ -82,24 +88,70 @@ def read_settings(model: Mapping[str, Any]) -> dict[str, Any]:
     """
     name = model.get("pretrained")
     if not isinstance(name, str):
-        sizes = ", ".join(f"model.{option}" for option in derived(model["component"]) if model.get(option, 0) is None)
+        options = [option for option in derived(model["component"]) if model.get(option, 0) is None]
+        sizes = ", ".join(f"model.{option}" for option in options)
         raise ConfigError(
             f"model.pretrained={name}: model={model['name']} takes {sizes} from a checkpoint; set it to a folder "
             "or a name on the hub, or choose a model with sizes of its own"
         )
-    folder = Path(name)
-    if not folder.is_dir() and (folder.is_absolute() or not HUB_NAME.fullmatch(name)):
-        raise ConfigError(f"model.pretrained={name}: no such folder{_how_to_get(model['name'])}")
+    library, folder = constant("model", model["component"], "checkpoints"), Path(name)
+    how_to_get = _how_to_get(model["name"], name)
+    if not folder.is_dir() and (how_to_get or folder.is_absolute() or not HUB_NAME.fullmatch(name)):
+        raise ConfigError(f"model.pretrained={name}: no such folder{how_to_get}")
+    if library == "timm" and not folder.is_dir():
+        return _timm_args(name, name)
     try:
         path = folder / "config.json" if folder.is_dir() else _download(name)
         settings = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
             raise ValueError(f"holds a {type(settings).__name__}")
-        return settings
     except Exception as error:  # the hub's errors are many, and a file may hold anything
         where = "no readable config.json" if folder.is_dir() else "no such folder, and none from the hub"
         reason = (str(error).splitlines() or [""])[0]
         raise ConfigError(f"model.pretrained={name}: {where} ({type(error).__name__}: {reason})") from error
+    if library != "timm":
+        return settings
+    if not isinstance(settings.get("architecture"), str):
+        raise ConfigError(
+            f"model.pretrained={name}: its config.json names no architecture, so it is no folder of timm's"
+        )
+    return _timm_args(name, settings["architecture"]) | (settings.get("model_args") or {})
+
+
+def _timm_args(name: str, architecture: str) -> dict[str, Any]:
+    """Arguments by which timm builds a plain vision transformer, read from its source: importing it takes seconds.
+
+    Raises:
+        ConfigError: if it knows none of that name.
+    """
+    package = importlib.util.find_spec("timm")
+    assert package is not None
+    assert package.submodule_search_locations
+    source = Path(package.submodule_search_locations[0], "models", "vision_transformer.py").read_text()
+    known = _functions(source)
+    plain = architecture.rpartition("/")[2].partition(".")[0]
+    if plain not in known:
+        near = nearest(plain, list(known), count=3)
+        raise ConfigError(f"model.pretrained={name}: no such folder, and timm has no such vision transformer{near}")
+    return known[plain]
+
+
+@cache
+def _functions(source: str) -> dict[str, dict[str, Any]]:
+    """By the name of a model, those of its `model_args` that are literals."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("vit_"):
+            calls = [part.value for part in node.body if isinstance(part, ast.Assign)]
+            keywords = [keyword for call in calls if isinstance(call, ast.Call) for keyword in call.keywords]
+            literals = [k for k in keywords if k.arg and isinstance(k.value, ast.Constant)]
+            found[node.name] = {str(k.arg): ast.literal_eval(k.value) for k in literals}
+    return found
+
+
+def _is_side(model: Mapping[str, Any], option: str) -> bool:
+    """Whether an option is the side of an item, which the data knows too and weights are interpolated to."""
+    return bool(component_options("model", model["component"])[option].marks(ItemSide))
 
 
 def _download(name: str) -> Path:
@@ -108,9 +160,11 @@ def _download(name: str) -> Path:
     return Path(huggingface_hub.hf_hub_download(name, "config.json"))
 
 
-def _how_to_get(preset: str) -> str:
+def _how_to_get(preset: str, name: str) -> str:
+    """What fetches the folder of a preset; empty where the name is another."""
     path = CONF / "model" / f"{preset}.yaml"
-    return f"; python -m permlab.model get {preset}" if path.is_file() and is_published(path) else ""
+    own = name.endswith(f"models/{preset}") and path.is_file() and is_published(path)
+    return f"; python -m permlab.model get {preset}" if own else ""
 
 
 def _value(model: Mapping[str, Any], option: str, settings: Mapping[str, Any]) -> Any:

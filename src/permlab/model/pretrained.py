@@ -87,6 +87,20 @@ def load_checkpoint(
         raise ValueError(f"pretrained={name}: it has no tensor for {min(missing.values())}")
 
 
+def tensor_names(name: str, folder: Path) -> Iterable[str]:
+    """Names of a checkpoint's tensors, which are not read.
+
+    Raises:
+        ValueError: if there are none, or a file cannot be read.
+    """
+    for file in _weight_files(name, folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                yield from tensors.keys()
+        except Exception as error:
+            raise ValueError(f"pretrained={name}: {file.name} cannot be read ({_reason(error)})") from error
+
+
 def as_causal_lm_config(
     config: ConfigType, architecture: str, *, head: nn.Module, embedding: nn.Module, num_slots: int
 ) -> ConfigType:

@@ -54,6 +54,7 @@ def convert(path: Path, folder: Path) -> None:
     _check_shapes({name: tensor.shape for name, tensor in tensors.items()}, config, path.name)
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)
     _write_json(folder / "config.json", config)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write_json(folder / "generation_config.json", ids)
