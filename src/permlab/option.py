@@ -160,6 +160,10 @@ class TakenAsWritten(Mark):
     """The value is a path or a name, which may hold signs that Hydra's grammar would want quoted."""
 
 
+class KeptInData(Mark):
+    """The value may be a folder in `models` below `paths.data`, by whose name a run is called wherever that lies."""
+
+
 class TemperatureForm(Mark):
     """The value is a number or a schedule, in a form that `permlab.ops.schedule.parse` reads."""
 
@@ -174,6 +178,8 @@ Temperature = Annotated[float | Mapping[str, Any], TemperatureForm()]
 Order = Annotated[str | Sequence[int], OrderForm(), TakenAsWritten()]
 # A path, or the name of something on a hub.
 Verbatim = Annotated[str, TakenAsWritten()]
+# A checkpoint, or the tokenizer that comes with it: a folder, or a name on the hub.
+Checkpoint = Annotated[str, TakenAsWritten(), KeptInData()]
 # Pixels or patches along the side of an item.
 Side = Annotated[int, Range(gt=0), ItemSide()]
 

@@ -177,9 +177,11 @@ def _is_choice(group: str, name: Any) -> bool:
 
 
 def _derived_later(group: str, key: str, settings: Mapping[str, Any]) -> bool:
-    """Whether null stands for what the data or a checkpoint will say."""
-    if group != "model" or settings[key] is not None:
+    """Whether null stands for what the data or a checkpoint will say, or the data set's `complete`."""
+    if settings[key] is not None or group not in ("model", "data"):
         return False
+    if group == "data":
+        return key in (constant("data", settings["component"], "leaves_open") or ())
     return key == "patch_size" or key in derived(settings["component"])
 
 

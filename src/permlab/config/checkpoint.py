@@ -21,7 +21,7 @@ from permlab.errors import ConfigError, nearest
 from permlab.option import ItemSide, describe, matches, same_value
 
 # Tokens that a model has an embedding for, in every configuration of transformers.
-VOCABULARY = "vocab_size"
+VOCABULARY = ("vocab_size", "text_config.vocab_size")
 
 
 def derived(component: str) -> Mapping[str, tuple[Any, ...]]:
@@ -70,7 +70,7 @@ def disagreements(config: Mapping[str, Any], num_tokens: int | None) -> Iterator
             continue  # patches are interpolated
         if theirs is not None and not same_value(theirs, model[option]):
             yield f"model.{option}={model[option]}: the checkpoint {name} has {theirs}"
-    own = settings.get(VOCABULARY)
+    own = _look_up(settings, VOCABULARY)
     if num_tokens is not None and own is not None and own != num_tokens:
         data = config["data"]
         hint = "" if not has_tokenizer(name) else f"; nearest valid choice: data.tokenizer={name}"
@@ -179,7 +179,8 @@ def _value(model: Mapping[str, Any], option: str, settings: Mapping[str, Any]) -
         raise ConfigError(f"model.pretrained={name}: its config.json has no {keys[0]}, which is model.{option}")
     type_ = component_options("model", model["component"])[option].type
     if not matches(value, type_):
-        raise ConfigError(f"model.pretrained={name}: its {option} is {value}, expected {describe(type_)}")
+        known = f"expected {describe(type_)}; docs/models.md says how another is described"
+        raise ConfigError(f"model.pretrained={name}: its {option} is {value}, {known}")
     return value
 
 

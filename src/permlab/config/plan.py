@@ -72,7 +72,8 @@ def open_data(settings: Mapping[str, Any]) -> tuple[Any, DataSpec]:
 def complete(config: Mapping[str, Any], spec: DataSpec, task: Any, data: Any) -> dict[str, Any]:
     """A copy in which what follows from other keys is filled in, so that a saved configuration is complete."""
     whole = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
-    whole["data"] |= getattr(data, "complete", dict)()
+    left_open = getattr(data, "complete", dict)()
+    whole["data"] |= {key: value for key, value in left_open.items() if whole["data"].get(key) is None}
     model, trainer = whole["model"], whole["trainer"]
     if "patch_size" in model and (model["patch_size"] is None or spec.is_sequence):
         model["patch_size"] = spec.patch_size

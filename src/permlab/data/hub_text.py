@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from permlab.data.document import brief, join, local_file, read_documents
 from permlab.data.spec import DataSpec, text_spec
 from permlab.data.tokenizer import BYTE, encode, load_tokenizer, vocabulary
-from permlab.option import PositiveInt, Verbatim
+from permlab.option import Checkpoint, PositiveInt, Verbatim
 
 if TYPE_CHECKING:
     from permlab.data.text import TokenWindows
@@ -76,7 +76,7 @@ class HubText:
         streaming: bool,
         num_documents: PositiveInt | None,
         separator: str,
-        tokenizer: Verbatim | None,
+        tokenizer: Checkpoint | None,
         vocab_size: PositiveInt | None,
         sequence_length: PositiveInt,
         on_corrupt: Literal["stop", "skip"] = "stop",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from permlab.data.spec import DataSpec, text_spec
-from permlab.data.tokenizer import BYTE, NUM_BYTES, OWN, encode, load_tokenizer, usual_length, vocabulary
-from permlab.option import Fraction, PositiveInt, Verbatim
+from permlab.data.tokenizer import BYTE, NUM_BYTES, OWN, encode, load_tokenizer, usual_batch, usual_length, vocabulary
+from permlab.option import Checkpoint, Fraction, PositiveInt
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -52,6 +52,7 @@ class Pydocs:
     """
 
     kind: ClassVar[str] = "text"
+    leaves_open: ClassVar[tuple[str, ...]] = ("batch_size",)
 
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "vocab_size": ("tokenizer", ["byte"]),
@@ -61,7 +62,7 @@ class Pydocs:
         self,
         *,
         sequence_length: PositiveInt | None,
-        tokenizer: Literal["byte", "bpe"] | Verbatim | None,
+        tokenizer: Literal["byte", "bpe"] | Checkpoint | None,
         vocab_size: PositiveInt | None,
         val_fraction: Fraction,
         test_fraction: Fraction,
@@ -95,6 +96,7 @@ class Pydocs:
         """What options that were left null stand for."""
         return {
             "tokenizer": self.tokenizer, "sequence_length": self.sequence_length, "vocab_size": self.vocab_size,
+            "batch_size": usual_batch(self.tokenizer),
         }  # fmt: skip
 
     def dataset(self, split: str, seed: int) -> "TokenWindows":

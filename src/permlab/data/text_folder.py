@@ -11,8 +11,8 @@ import numpy as np
 
 from permlab.data.document import EXTENSIONS, join, read_documents
 from permlab.data.spec import DataSpec, text_spec
-from permlab.data.tokenizer import BYTE, encode, load_tokenizer, usual_length, vocabulary
-from permlab.option import Fraction, PositiveInt, Verbatim
+from permlab.data.tokenizer import BYTE, encode, load_tokenizer, usual_batch, usual_length, vocabulary
+from permlab.option import Checkpoint, Fraction, PositiveInt, Verbatim
 
 if TYPE_CHECKING:
     from permlab.data.text import TokenWindows
@@ -50,6 +50,7 @@ class TextFolder:
     """
 
     kind: ClassVar[str] = "text"
+    leaves_open: ClassVar[tuple[str, ...]] = ("batch_size",)
     known_by_place: ClassVar[bool] = True
 
     def __init__(
@@ -57,7 +58,7 @@ class TextFolder:
         *,
         root: Verbatim,
         separator: str,
-        tokenizer: Verbatim | None,
+        tokenizer: Checkpoint | None,
         vocab_size: PositiveInt | None,
         sequence_length: PositiveInt | None,
         val_fraction: Fraction,
@@ -80,7 +81,10 @@ class TextFolder:
 
     def complete(self) -> dict[str, Any]:
         """What options that were left null stand for."""
-        return {"tokenizer": self.tokenizer, "sequence_length": self.sequence_length}
+        return {
+            "tokenizer": self.tokenizer, "sequence_length": self.sequence_length,
+            "batch_size": usual_batch(self.tokenizer),
+        }  # fmt: skip
 
     def idle(self) -> Iterator[tuple[str, str]]:
         """Options without effect, with the reason."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from permlab.data.spec import DataSpec
 from permlab.model.base import Backbone, free_of_decay
 from permlab.model.pretrained import check_equal, tensor_names
-from permlab.option import Divides, Dropout, PositiveFloat, PositiveInt, Side, Verbatim
+from permlab.option import Checkpoint, Divides, Dropout, PositiveFloat, PositiveInt, Side
 
 # (width, depth, num_heads) of the sizes that timm has ImageNet weights for, all with an MLP ratio of 4.
 _PRETRAINED = {
@@ -90,7 +90,7 @@ class Vit(Backbone):
         drop_path: Dropout,
         position: Literal["item", "slot", "none"],
         readout: Literal["cls", "mean", "last"],
-        pretrained: bool | Verbatim | None,
+        pretrained: bool | Checkpoint | None,
     ) -> None:
         super().__init__()
         if width % num_heads:
