@@ -8,6 +8,7 @@ imported (importing torch alone takes longer than a wrong key deserves).
 
 import ast
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -159,6 +160,10 @@ class TakenAsWritten(Mark):
     """The value is a path or a name, which may hold signs that Hydra's grammar would want quoted."""
 
 
+class KeptInData(Mark):
+    """The value may be a folder in `models` below `paths.data`, by whose name a run is called wherever that lies."""
+
+
 class TemperatureForm(Mark):
     """The value is a number or a schedule, in a form that `permlab.ops.schedule.parse` reads."""
 
@@ -173,8 +178,12 @@ Temperature = Annotated[float | Mapping[str, Any], TemperatureForm()]
 Order = Annotated[str | Sequence[int], OrderForm(), TakenAsWritten()]
 # A path, or the name of something on a hub.
 Verbatim = Annotated[str, TakenAsWritten()]
+# A checkpoint, or the tokenizer that comes with it: a folder, or a name on the hub.
+Checkpoint = Annotated[str, TakenAsWritten(), KeptInData()]
 # Pixels or patches along the side of an item.
 Side = Annotated[int, Range(gt=0), ItemSide()]
+
+SINGLE_MAX = 3e38
 
 _NAMESPACE: dict[str, Any] = {name: value for name, value in globals().items() if not name.startswith("_")} | {
     "__builtins__": {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
@@ -305,6 +314,18 @@ def matches(value: Any, type_: Any) -> bool:
     if type_ is NoneType or type_ is None:
         return value is None
     return isinstance(value, type_)
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Whether two values are equal; numbers in single precision, in which some checkpoints keep them.
+
+    Example:
+        >>> same_value(9.999999747378752e-06, 1e-5), same_value(1e-6, 1e-5), same_value("a", "a")
+        (True, False, True)
+    """
+    if _is_number(one) and _is_number(other) and max(abs(one), abs(other)) < SINGLE_MAX:
+        return struct.pack("f", one) == struct.pack("f", other)
+    return one == other
 
 
 def _is_number(value: Any) -> bool:

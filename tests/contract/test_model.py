@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from presets import without_preset
 
 from permlab.config.build import build
+from permlab.config.checkpoint import derived
 from permlab.config.schema import class_name, component_options
 from permlab.data.spec import DataSpec
 from permlab.errors import ConfigError
@@ -63,7 +64,8 @@ def samples(
 @functools.cache
 def _composed(preset: str) -> str:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return json.dumps(OmegaConf.to_container(compose(overrides=[f"+model={preset}"]).model, resolve=True))
+        whole = compose(overrides=[f"+model={preset}", "+paths.data=data"])
+        return json.dumps(OmegaConf.to_container(whole.model, resolve=True))
 
 
 def settings_of(preset: str) -> dict[str, Any]:
@@ -102,7 +104,15 @@ def model_class(preset: str) -> type[Backbone]:
     return getattr(importlib.import_module(f"permlab.model.{component}"), class_name(component))
 
 
+def has_sizes(preset: str) -> bool:
+    """Whether a preset says how large it is, and leaves it not to a checkpoint."""
+    settings = settings_of(preset)
+    return all(settings.get(option, 0) is not None for option in derived(settings["component"]))
+
+
 def _is_small(preset: str) -> bool:
+    if not has_sizes(preset):
+        return False
     if preset.endswith("_nano"):
         return True
     with torch.device("meta"):

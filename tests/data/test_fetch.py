@@ -46,7 +46,7 @@ def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def nothing(command: list[str], folder: Path) -> None:
         raise Unavailable("Unable to locate package dataset-mine")
 
-    monkeypatch.setattr(fetching, "_call", nothing)
+    monkeypatch.setattr(fetching, "call", nothing)
     only(monkeypatch, _installed=fetching._installed, _debian=fetching._debian)
     return tmp_path / "system"
 
@@ -74,7 +74,7 @@ def test_a_package_is_downloaded_and_unpacked_but_not_installed(
         else:
             write(folder / "unpacked" / PLACE)
 
-    monkeypatch.setattr(fetching, "_call", call)
+    monkeypatch.setattr(fetching, "call", call)
     assert fetch(SOURCE, tmp_path / "data" / "mine") == "debian"
     assert called == [
         ["apt-get", "download", "dataset-mine"],
@@ -196,4 +196,4 @@ def test_a_command_that_fails_says_why(tmp_path: Path, command: list[str], reaso
         CALL(command, tmp_path)
 
 
-CALL = fetching._call
+CALL = fetching.call

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from permlab.config.checkpoint import derived, disagreements
 from permlab.config.effect import idle_settings
 from permlab.config.plan import Plan, make_plan
 from permlab.config.schema import (
@@ -163,7 +164,7 @@ def _check_group(group: str, settings: Mapping[str, Any], config: Mapping[str, A
             problems.append(f"{dotted}{key}={value}: {owned or 'unknown key' + nearest_key(group, key, config)}")
         elif value == "???":
             problems.append(f"{dotted}{key}: missing, expected {describe(known[key].type)}")
-        elif not matches(value, known[key].type) and not _derived_later(group, key, value):
+        elif not matches(value, known[key].type) and not _derived_later(group, key, settings):
             hint = nearest(value, choices(known[key].type)) if isinstance(value, str) else ""
             problems.append(f"{dotted}{key}={value}: expected {describe(known[key].type)}{hint}")
     missing = [key for key, option in known.items() if key not in settings and option.default is REQUIRED]
@@ -175,8 +176,13 @@ def _is_choice(group: str, name: Any) -> bool:
     return isinstance(name, str) and name in component_names(group)
 
 
-def _derived_later(group: str, key: str, value: Any) -> bool:
-    return value is None and (group, key) == ("model", "patch_size")
+def _derived_later(group: str, key: str, settings: Mapping[str, Any]) -> bool:
+    """Whether null stands for what the data or a checkpoint will say, or the data set's `complete`."""
+    if settings[key] is not None or group not in ("model", "data"):
+        return False
+    if group == "data":
+        return key in (constant("data", settings["component"], "leaves_open") or ())
+    return key == "patch_size" or key in derived(settings["component"])
 
 
 # Rules between keys, called once every single key is right
@@ -197,6 +203,7 @@ def _check_across(plan: Plan) -> list[str]:
     problems += _check_method(plan)
     for group in COMPONENT_GROUPS:
         problems += _check_rules(group, config[group])
+    problems += disagreements(config, plan.spec.num_classes if "tokenizer" in config["data"] else None)
     return [*problems, *_check_trainer(config), *plan.task.problems(plan)]
 
 
@@ -290,6 +297,8 @@ def _check_rules(group: str, settings: Mapping[str, Any]) -> Iterator[str]:
     """Marks on the options of a component."""
     for key, option in component_options(group, settings["component"]).items():
         rules: list[Rule] = option.marks(Rule) if key in settings else []
+        if settings.get(key) is None:
+            continue  # what a checkpoint will say
         for problem in (rule.problem(settings[key], settings, group) for rule in rules):
             if problem:
                 yield f"{group}.{key}={settings[key]}: {problem}"

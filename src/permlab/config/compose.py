@@ -139,7 +139,9 @@ def compose_config(name: str, words: Sequence[str]) -> tuple[dict[str, Any], lis
 def preset(group: str, choice: str) -> dict[str, Any]:
     """Values of one choice of a group, joined with those it is based on, its name and its component among them."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        values = OmegaConf.to_container(compose(overrides=[f"+{group}={choice}"])[group], resolve=True)
+        values = OmegaConf.to_container(
+            compose(overrides=[f"+{group}={choice}", "+paths.data=data"])[group], resolve=True
+        )
     assert isinstance(values, dict)
     return {"name": choice, "component": choice} | {str(key): value for key, value in values.items()}
 

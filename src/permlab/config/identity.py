@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from permlab.config.schema import GROUPS, added_later, constant
+from permlab.config.schema import GROUPS, added_later, constant, schema
+from permlab.option import KeptInData
 
 # Where a run is made, not what it computes: left out of the hash that names the run.
 MACHINE_KEYS = (
@@ -47,10 +48,19 @@ def digest(config: Mapping[str, Any]) -> str:
         node.pop(key, None)
     for group in ("", *GROUPS):
         settings = reduced.get(group, {}) if group else reduced
+        settings |= _without_place(group, settings, Path(config["paths"]["data"], "models"))
         for key, value in added_later(group, settings.get("component")).items():
             if key in settings and settings[key] == value:
                 del settings[key]
     return hashlib.sha256(json.dumps(reduced, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _without_place(group: str, settings: Mapping[str, Any], models: Path) -> dict[str, str]:
+    """Options that are folders of published models, by their names alone."""
+    options = schema(group, settings.get("component")).items()
+    names = {key: settings[key] for key, option in options if key in settings and option.marks(KeptInData)}
+    places = {key: Path(name) for key, name in names.items() if isinstance(name, str)}
+    return {key: f"models/{path.name}" for key, path in places.items() if path.parent == models}
 
 
 def run_directory(config: Mapping[str, Any]) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from permlab.config.build import build
+from permlab.config.checkpoint import fill_in
 from permlab.config.identity import digest, run_directory
 from permlab.data.spec import DataSpec
 from permlab.errors import ConfigError
@@ -47,6 +48,7 @@ def make_plan(config: Mapping[str, Any], directory: Path | None = None) -> Plan:
         ConfigError: if the data set's files are missing or not what they should be, or a component refuses
             its values.
     """
+    config = fill_in(config)
     data, spec = open_data(config["data"])
     task = build("task", config["task"], spec)
     whole = complete(config, spec, task, data)
@@ -70,7 +72,8 @@ def open_data(settings: Mapping[str, Any]) -> tuple[Any, DataSpec]:
 def complete(config: Mapping[str, Any], spec: DataSpec, task: Any, data: Any) -> dict[str, Any]:
     """A copy in which what follows from other keys is filled in, so that a saved configuration is complete."""
     whole = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
-    whole["data"] |= getattr(data, "complete", dict)()
+    left_open = getattr(data, "complete", dict)()
+    whole["data"] |= {key: value for key, value in left_open.items() if whole["data"].get(key) is None}
     model, trainer = whole["model"], whole["trainer"]
     if "patch_size" in model and (model["patch_size"] is None or spec.is_sequence):
         model["patch_size"] = spec.patch_size

@@ -6,10 +6,8 @@ python -m permlab.data check fashion_mnist   compare the files with their hashes
 python -m permlab.data get mnist paths.data=/scratch      or data.root=<the folder itself>
 """
 
-import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,11 @@ from typing import Any
 from permlab.config.build import build
 from permlab.config.schema import CONF, component_names
 from permlab.data.fetch import fetch
+from permlab.data.published import Shelf, run_command
 from permlab.data.source import Source, read_settings, read_source
-from permlab.errors import ConfigError, RunError, nearest
+from permlab.errors import ConfigError, RunError
 
 KEYS = ("paths.data", "data.root")
-COMMANDS = ("get", "check", "list")
 
 
 @dataclass(frozen=True)
@@ -49,48 +47,12 @@ class Place:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        return _dispatch(words)
-    except RunError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("error: interrupted; what was fetched is thrown away", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-
-
-def _dispatch(words: list[str]) -> int:
-    if not words or {"-h", "--help"} & set(words):
-        print(__doc__)
-        return 0
-    command, *words = words
-    if command not in COMMANDS:
-        raise ConfigError(f"{command}: no such command{nearest(command, COMMANDS)}")
-    keys = dict(word.split("=", 1) for word in words if "=" in word)
-    unknown = [key for key in keys if key not in KEYS]
-    if unknown:
-        raise ConfigError(f"{unknown[0]}={keys[unknown[0]]}: unknown key{nearest(unknown[0], KEYS)}")
-    names = [word for word in words if "=" not in word]
-    if command == "list" or "--list" in names:
-        print("\n".join(_table(keys)))
-        return 0
-    places = [_place(name, keys) for name in names]
-    if not places:
-        raise ConfigError(f"{command}: of which data set{nearest('', component_names('data'))}")
-    if "data.root" in keys and len(places) > 1:
-        raise ConfigError(f"data.root={keys['data.root']}: is the folder of one data set, and {len(places)} are given")
-    for place in places:
-        print(_get(place) if command == "get" else _check(place))
-    return 0
+    names = component_names("data")
+    shelf = Shelf("data", "data set", KEYS, names, place=_place, get=_get, check=_check, row=_row)
+    return run_command(shelf, sys.argv[1:] if arguments is None else arguments, __doc__ or "")
 
 
 def _place(name: str, keys: dict[str, str]) -> Place:
-    if name not in component_names("data"):
-        raise ConfigError(f"data={name}: no such choice{nearest(name, component_names('data'))}")
     path = CONF / "data" / f"{name}.yaml"
     settings = read_settings(path, keys.get("paths.data", "data")) | {"name": name}
     if "data.root" in keys and "root" in settings:
@@ -124,16 +86,10 @@ def _check(place: Place) -> str:
     return f"{source.name}: is read as {spec.num_classes} {spec.labels}, {shape}{where}; no hashes are known to compare"
 
 
-def _table(keys: dict[str, str]) -> Iterator[str]:
-    places = [_place(name, keys) for name in component_names("data")]
-    rows = [("data=", "here", "size", "licence", "how it can be had")]
-    for place in places:
-        source = place.source
-        fetched = "python -m permlab.data get " + source.name if source.hashes else source.origin
-        rows.append((source.name, "no" if place.problem() else "yes", source.size, source.licence, fetched))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for row in rows:
-        yield "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]])
+def _row(place: Place) -> tuple[str, str, str, str]:
+    source = place.source
+    fetched = "python -m permlab.data get " + source.name if source.hashes else source.origin
+    return "no" if place.problem() else "yes", source.size, source.licence, fetched
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Fetching a data set: installed on this machine, from Debian's archive, or by torchvision; whole or not at all.
+"""Fetching what is published, whole or not at all: a data set from this machine, Debian's archive or torchvision.
 
 Files are gathered in a folder of their own beside the one they are for, compared with their SHA-256, and only
-then moved. What an interrupted fetch leaves is thrown away by the next one.
+then moved. What an interrupted fetch leaves is thrown away by the next one. Models are fetched so too
+(`permlab.model.fetch`), from the hub or from packages.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,43 +40,73 @@ def fetch(source: Source, root: Path) -> str:
         return "already here"
     if not source.hashes:
         raise RunError(f"{source.name}: is not fetched from here. Get it: {source.origin}. Put it into {root}")
-    try:
-        with _staging(source, root) as stage:
-            way, folder = _find(source, stage, root)
-            for name in source.hashes:
-                root.mkdir(parents=True, exist_ok=True)
-                os.replace(folder / name, root / name)
-            return way
-    except OSError as error:
-        raise RunError(f"{source.name}: {_no_room(source, root, error)}") from error
+    with staging(source, root) as stage:
+        way, folder = first_way(source, stage, {name: _whole(get) for name, get in WAYS.items()}, root)
+        for name in source.hashes:
+            root.mkdir(parents=True, exist_ok=True)
+            os.replace(folder / name, root / name)
+        return way
 
 
-def _find(source: Source, stage: Path, root: Path) -> tuple[str, Path]:
-    """The first way that leads to whole files, and the folder that holds them."""
+def first_way(source: Source, stage: Path, ways: "Mapping[str, Way]", root: Path) -> tuple[str, Path]:
+    """The first way that leads to what is wanted, and the folder that holds it.
+
+    Args:
+        stage: an empty folder; each way has a folder of its own in it.
+        root: where a user would put the files himself, for the message.
+    Raises:
+        RunError: with the reason of each way, if none does.
+    """
     reasons = []
-    for number, (way, get) in enumerate(WAYS.items()):
+    for number, (way, get) in enumerate(ways.items()):
         try:
-            folder = get(source, stage / str(number))
+            return way, get(source, stage / str(number))
         except Unavailable as reason:
             reasons.append(f"{way}: {reason}")
-            continue
-        problem = source.problem(folder)
-        if problem is None:
-            return way, folder
-        reasons.append(f"{way}: {problem.replace(f'{folder}/', '')}")
     raise RunError(
         f"{source.name}: cannot be fetched ({'; '.join(reasons)}). Get it: {source.origin}. "
         f"Put {', '.join(source.hashes)} into {root}"
     )
 
 
-@contextmanager
-def _staging(source: Source, root: Path) -> Iterator[Path]:
-    """An empty folder beside `root`, for one process at a time; gone at the end, and with it what is not yet moved.
+def check_whole(source: Source, folder: Path) -> None:
+    """Refuse a folder whose files are not those that were published.
 
     Raises:
-        RunError: if another process is fetching, or there is not enough room.
+        Unavailable: naming the first that is not.
     """
+    problem = source.problem(folder)
+    if problem is not None:
+        raise Unavailable(problem.replace(f"{folder}/", ""))
+
+
+def _whole(get: "Way") -> "Way":
+    def get_whole(source: Source, stage: Path) -> Path:
+        folder = get(source, stage)
+        check_whole(source, folder)
+        return folder
+
+    return get_whole
+
+
+@contextmanager
+def staging(source: Source, root: Path, room: float = 3.0) -> Iterator[Path]:
+    """An empty folder beside `root`, for one process at a time; gone at the end, and with it what is not yet moved.
+
+    Args:
+        room: space that is needed, in sizes of the download: the package, what is unpacked from it, and a margin.
+    Raises:
+        RunError: if another process is fetching, there is not enough room, or a file cannot be written.
+    """
+    try:
+        with _locked(source, root, room) as stage:
+            yield stage
+    except OSError as error:
+        raise RunError(f"{source.name}: {_no_room(source, root, room, error)}") from error
+
+
+@contextmanager
+def _locked(source: Source, root: Path, room: float) -> Iterator[Path]:
     made = [folder for folder in (root.parent, *root.parent.parents) if not folder.exists()]
     root.parent.mkdir(parents=True, exist_ok=True)
     stage = root.parent / f".{root.name}.part"
@@ -87,7 +118,7 @@ def _staging(source: Source, root: Path) -> Iterator[Path]:
             raise RunError(f"{source.name}: another process is fetching into {root.parent}") from None
         shutil.rmtree(stage, ignore_errors=True)
         free = shutil.disk_usage(root.parent).free
-        if free < 3 * source.num_bytes:  # the package, what is unpacked from it, and a margin
+        if free < room * source.num_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         stage.mkdir()
         yield stage
@@ -99,11 +130,9 @@ def _staging(source: Source, root: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _no_room(source: Source, root: Path, error: OSError) -> str:
+def _no_room(source: Source, root: Path, room: float, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"not enough room in {root.parent} for {source.size} and as much again twice; free some, or set paths.data"
-        )
+        return f"not enough room in {root.parent} for {source.size}, {room:g} times; free some, or set paths.data"
     return f"cannot write {error.filename or root}: {error.strerror or error}"
 
 
@@ -127,11 +156,11 @@ def _debian(source: Source, stage: Path) -> Path:
     package, place = source.debian
     stage.mkdir()
     timeouts = [f"--option=Acquire::{scheme}::Timeout={SILENCE}" for scheme in ("http", "https")]
-    _call(["apt-get", "download", *timeouts, "--option=Acquire::Retries=1", package], stage)
+    call(["apt-get", "download", *timeouts, "--option=Acquire::Retries=1", package], stage)
     found = next(stage.glob("*.deb"), None)
     if found is None:
         raise Unavailable("apt-get left no package")
-    _call(["dpkg-deb", "--extract", found.name, "unpacked"], stage)
+    call(["dpkg-deb", "--extract", found.name, "unpacked"], stage)
     return stage / "unpacked" / place
 
 
@@ -148,15 +177,16 @@ def _torchvision(source: Source, stage: Path) -> Path:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise Unavailable(_last_line(str(error))) from error
+        raise Unavailable(last_line(str(error))) from error
     except RuntimeError as error:
-        raise Unavailable(_last_line(str(error))) from error
+        raise Unavailable(last_line(str(error))) from error
     finally:
         socket.setdefaulttimeout(before)
     return stage / source.torchvision / "raw"
 
 
-WAYS: dict[str, Callable[[Source, Path], Path]] = {
+Way = Callable[[Source, Path], Path]
+WAYS: dict[str, Way] = {
     "installed": _installed,
     "Debian's archive": _debian,
     "torchvision": _torchvision,
@@ -172,7 +202,7 @@ def _copy(source: Source, folder: Path, stage: Path) -> Path:
     return stage
 
 
-def _call(command: list[str], folder: Path) -> None:
+def call(command: list[str], folder: Path) -> None:
     """Run a command in a folder.
 
     Raises:
@@ -188,9 +218,9 @@ def _call(command: list[str], folder: Path) -> None:
     except subprocess.TimeoutExpired:
         raise Unavailable(f"{command[0]} took more than {PATIENCE} s") from None
     if done.returncode:
-        raise Unavailable(_last_line(done.stderr))
+        raise Unavailable(last_line(done.stderr))
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return (lines or ["failed without a word"])[-1].removeprefix("E: ").rstrip(".")[:160]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from permlab.data.document import brief, join, local_file, read_documents
 from permlab.data.spec import DataSpec, text_spec
-from permlab.data.tokenizer import encode, load_tokenizer, vocabulary
-from permlab.option import PositiveInt, Verbatim
+from permlab.data.tokenizer import BYTE, encode, load_tokenizer, vocabulary
+from permlab.option import Checkpoint, PositiveInt, Verbatim
 
 if TYPE_CHECKING:
     from permlab.data.text import TokenWindows
@@ -46,7 +46,8 @@ class HubText:
         streaming: fetch documents as they are read, instead of downloading the dataset first.
         num_documents: read no more than this many per split; null for all. Without effect on `.txt`.
         separator: text between two documents.
-        tokenizer: `byte`, a local folder, or a name on the hub for `transformers.AutoTokenizer`.
+        tokenizer: `byte`, a local folder, or a name on the hub for `transformers.AutoTokenizer`; null for that of
+            the checkpoint that the model starts from, or `byte` without one.
         vocab_size: number of tokens, at least the tokenizer's own; null where it can be read.
         sequence_length: tokens per sample; how well the next one is predicted depends on it.
         on_corrupt: at a line of a local `.jsonl` that holds no document, `stop`, or `skip` it and count it.
@@ -75,7 +76,7 @@ class HubText:
         streaming: bool,
         num_documents: PositiveInt | None,
         separator: str,
-        tokenizer: Verbatim,
+        tokenizer: Checkpoint | None,
         vocab_size: PositiveInt | None,
         sequence_length: PositiveInt,
         on_corrupt: Literal["stop", "skip"] = "stop",
@@ -83,15 +84,19 @@ class HubText:
         self.root, self.repository, self.subset, self.revision = Path(root), repository, subset, revision
         self.files = {"train": train_file, "val": val_file, "test": test_file}
         self.streaming, self.num_documents, self.separator = streaming, num_documents, separator
-        self.tokenizer, self.sequence_length = tokenizer, sequence_length
+        self.tokenizer, self.sequence_length = tokenizer or BYTE, sequence_length
         self.on_corrupt = on_corrupt
         self._skipped: dict[str, int] = {}
-        self.vocab_size = vocabulary(tokenizer, vocab_size)
+        self.vocab_size = vocabulary(self.tokenizer, vocab_size)
 
     @property
     def num_skipped(self) -> int:
         """Lines left out of the splits that were asked for."""
         return sum(self._skipped.values())
+
+    def complete(self) -> dict[str, Any]:
+        """What options that were left null stand for."""
+        return {"tokenizer": self.tokenizer}
 
     def idle(self) -> Iterator[tuple[str, str]]:
         """Options without effect, with the reason."""

@@ -3,12 +3,13 @@
 import hashlib
 import json
 from functools import cache
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
 from permlab.data.spec import DataSpec, text_spec
-from permlab.option import Fraction, PositiveInt
+from permlab.data.tokenizer import BYTE, NUM_BYTES, OWN, encode, load_tokenizer, usual_batch, usual_length, vocabulary
+from permlab.option import Checkpoint, Fraction, PositiveInt
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
     from permlab.data.text import TokenWindows
 
-NUM_BYTES = 256
+# Tokens of `bpe` where nothing else is said.
+NUM_PAIRS = 1024
 # Words in a row that two topics may not share and lie in different splits; as usual when test text is searched for.
 NUM_SHARED_WORDS = 13
 
@@ -36,10 +38,12 @@ class Pydocs:
     The texts differ between minor versions of Python; `fingerprint` tells them apart.
 
     Args:
-        sequence_length: tokens per sample.
-        tokenizer: `byte`, or `bpe` for a byte-level byte-pair encoding learned from the training
-            topics of the seed.
-        vocab_size: number of tokens of `bpe`, more than 256; without effect for `byte`, which has 256.
+        sequence_length: tokens per sample; null for 128, or 512 of a published tokenizer.
+        tokenizer: `byte`; `bpe` for a byte-level byte-pair encoding learned from the training topics of the
+            seed; a local folder, or a name on the hub for `transformers.AutoTokenizer`; null for that of the
+            checkpoint that the model starts from, or `byte` without one.
+        vocab_size: number of tokens of `bpe`, more than 256, null for 1024; of another tokenizer at least its own,
+            null where it can be read; without effect for `byte`, which has 256.
         val_fraction: part of the bytes on which models are picked.
         test_fraction: part of the bytes that is looked at once, at the end.
     Raises:
@@ -48,6 +52,7 @@ class Pydocs:
     """
 
     kind: ClassVar[str] = "text"
+    leaves_open: ClassVar[tuple[str, ...]] = ("batch_size",)
 
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "vocab_size": ("tokenizer", ["byte"]),
@@ -56,9 +61,9 @@ class Pydocs:
     def __init__(
         self,
         *,
-        sequence_length: PositiveInt,
-        tokenizer: Literal["byte", "bpe"],
-        vocab_size: PositiveInt,
+        sequence_length: PositiveInt | None,
+        tokenizer: Literal["byte", "bpe"] | Checkpoint | None,
+        vocab_size: PositiveInt | None,
         val_fraction: Fraction,
         test_fraction: Fraction,
     ) -> None:
@@ -67,9 +72,14 @@ class Pydocs:
                 f"val_fraction {val_fraction} and test_fraction {test_fraction} must each be at least 0.01 "
                 "and leave 0.05 for training"
             )
-        if tokenizer == "bpe" and vocab_size <= NUM_BYTES:
+        self.tokenizer = tokenizer or BYTE
+        if self.tokenizer in OWN:
+            self.vocab_size = vocab_size or NUM_PAIRS
+        else:
+            self.vocab_size = vocabulary(self.tokenizer, vocab_size)
+        if self.tokenizer == "bpe" and self.vocab_size <= NUM_BYTES:
             raise ValueError(f"vocab_size {vocab_size}: expected more than the {NUM_BYTES} bytes that bpe starts from")
-        self.sequence_length, self.tokenizer, self.vocab_size = sequence_length, tokenizer, vocab_size
+        self.sequence_length = sequence_length or usual_length(self.tokenizer)
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
 
     def spec(self) -> DataSpec:
@@ -79,8 +89,15 @@ class Pydocs:
             ValueError: if this Python comes without its topics.
         """
         _topics()
-        num_tokens = NUM_BYTES if self.tokenizer == "byte" else self.vocab_size
+        num_tokens = NUM_BYTES if self.tokenizer == BYTE else self.vocab_size
         return text_spec(num_tokens, self.sequence_length)
+
+    def complete(self) -> dict[str, Any]:
+        """What options that were left null stand for."""
+        return {
+            "tokenizer": self.tokenizer, "sequence_length": self.sequence_length, "vocab_size": self.vocab_size,
+            "batch_size": usual_batch(self.tokenizer),
+        }  # fmt: skip
 
     def dataset(self, split: str, seed: int) -> "TokenWindows":
         """Token windows of `train`, `val` or `test` under this seed's split.
@@ -97,7 +114,9 @@ class Pydocs:
         """What gave the tokens of this seed's splits, as transformers' own."""
         from permlab.data.fast_tokenizer import as_pretrained, byte_tokenizer
 
-        own = byte_tokenizer() if self.tokenizer == "byte" else _bpe(self._text("train", seed), self.vocab_size)
+        if self.tokenizer not in OWN:
+            return load_tokenizer(self.tokenizer, sequence_length=self.sequence_length)
+        own = byte_tokenizer() if self.tokenizer == BYTE else _bpe(self._text("train", seed), self.vocab_size)
         return as_pretrained(own, sequence_length=self.sequence_length)
 
     def topics(self, split: str, seed: int) -> tuple[str, ...]:
@@ -113,7 +132,9 @@ class Pydocs:
 
     def _tokens(self, split: str, seed: int) -> np.ndarray:
         text = self._text(split, seed)
-        if self.tokenizer == "byte":
+        if self.tokenizer not in OWN:
+            return encode(self.tokenizer, text, self.vocab_size)
+        if self.tokenizer == BYTE:
             return np.frombuffer(text.encode(), dtype=np.uint8)
         return _encode(text, self._text("train", seed), self.vocab_size)
 

@@ -1,4 +1,4 @@
-"""Where data sets are had: size, licence and hashes, from the comments at the head of `conf/data/<name>.yaml`."""
+"""Where data sets and models are had: size, licence and hashes, from the comments at the head of their presets."""
 
 import hashlib
 import re
@@ -9,14 +9,14 @@ from typing import Any
 
 import yaml
 
-FIELDS = ("Size", "Licence", "From", "Debian", "Torchvision")
+FIELDS = ("Size", "Licence", "From", "Debian", "Torchvision", "Hub", "Package")
 REQUIRED = FIELDS[:3]
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is known of a data set before a byte of it is here.
+    """What is known of a data set or a model before a byte of it is here.
 
     Args:
         name: of the preset.
@@ -26,6 +26,8 @@ class Source:
         origin: where the files are had, and what has to be done with them.
         debian: name of a Debian package, and the folder in which it installs the files.
         torchvision: class of `torchvision.datasets` that downloads them.
+        hub: name of a repository on the Hugging Face hub, or of a model in timm.
+        package: a Python package as pip names it, with its version, and the file in it.
         hashes: SHA-256 that a file may have, by its name.
     """
 
@@ -36,6 +38,8 @@ class Source:
     origin: str
     debian: tuple[str, str] | None = None
     torchvision: str | None = None
+    hub: str | None = None
+    package: tuple[str, str] | None = None
     hashes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
@@ -71,17 +75,23 @@ def read_source(path: Path) -> Source:
     missing = [name for name in REQUIRED if name not in facts]
     if missing:
         raise ValueError(f"{path}: its comments have no line `# {missing[0]}: ...`")
-    package, _, place = facts.get("Debian", "").partition(" ")
     return Source(
         path.stem,
         lines[0].lstrip("# "),
         facts["Size"],
         facts["Licence"],
         facts["From"],
-        debian=(package, place) if package else None,
+        debian=_pair(facts.get("Debian")),
         torchvision=facts.get("Torchvision"),
+        hub=facts.get("Hub"),
+        package=_pair(facts.get("Package")),
         hashes=hashes,
     )
+
+
+def _pair(fact: str | None) -> tuple[str, str] | None:
+    package, _, place = (fact or "").partition(" ")
+    return (package, place) if package else None
 
 
 def read_settings(path: Path, data: str) -> dict[str, Any]:
@@ -102,3 +112,8 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_published(path: Path) -> bool:
+    """Whether the comments of a preset say how it is had."""
+    return any(line.startswith("# From: ") for line in path.read_text().splitlines())

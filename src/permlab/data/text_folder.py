@@ -11,8 +11,8 @@ import numpy as np
 
 from permlab.data.document import EXTENSIONS, join, read_documents
 from permlab.data.spec import DataSpec, text_spec
-from permlab.data.tokenizer import encode, load_tokenizer, vocabulary
-from permlab.option import Fraction, PositiveInt, Verbatim
+from permlab.data.tokenizer import BYTE, encode, load_tokenizer, usual_batch, usual_length, vocabulary
+from permlab.option import Checkpoint, Fraction, PositiveInt, Verbatim
 
 if TYPE_CHECKING:
     from permlab.data.text import TokenWindows
@@ -36,9 +36,11 @@ class TextFolder:
     Args:
         root: the folder.
         separator: text between two documents or passages.
-        tokenizer: `byte`, a local folder, or a name on the hub for `transformers.AutoTokenizer`.
+        tokenizer: `byte`, a local folder, or a name on the hub for `transformers.AutoTokenizer`; null for that of
+            the checkpoint that the model starts from, or `byte` without one.
         vocab_size: number of tokens, at least the tokenizer's own; null where it can be read.
-        sequence_length: tokens per sample; how well the next one is predicted depends on it.
+        sequence_length: tokens per sample, on which depends how well the next one is predicted; null for 128 bytes,
+            or 512 tokens of another tokenizer.
         val_fraction: part of the characters on which models are picked, where there are no files for it.
         test_fraction: part of the characters that is looked at once, at the end, where there are no files for it.
         on_corrupt: at a line of a `.jsonl` that holds no document, `stop`, or `skip` it and count it.
@@ -48,6 +50,7 @@ class TextFolder:
     """
 
     kind: ClassVar[str] = "text"
+    leaves_open: ClassVar[tuple[str, ...]] = ("batch_size",)
     known_by_place: ClassVar[bool] = True
 
     def __init__(
@@ -55,9 +58,9 @@ class TextFolder:
         *,
         root: Verbatim,
         separator: str,
-        tokenizer: Verbatim,
+        tokenizer: Checkpoint | None,
         vocab_size: PositiveInt | None,
-        sequence_length: PositiveInt,
+        sequence_length: PositiveInt | None,
         val_fraction: Fraction,
         test_fraction: Fraction,
         on_corrupt: Literal["stop", "skip"],
@@ -65,16 +68,23 @@ class TextFolder:
         for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
             if not 0 < fraction <= 0.5:
                 raise ValueError(f"{name} {fraction}: expected more than 0 and at most 0.5")
-        self.root, self.separator, self.tokenizer = Path(root), separator, tokenizer
-        self.sequence_length, self.on_corrupt = sequence_length, on_corrupt
+        self.root, self.separator, self.tokenizer = Path(root), separator, tokenizer or BYTE
+        self.sequence_length, self.on_corrupt = sequence_length or usual_length(self.tokenizer), on_corrupt
         self.fractions = {"test": test_fraction, "val": val_fraction}
-        self.vocab_size = vocabulary(tokenizer, vocab_size)
+        self.vocab_size = vocabulary(self.tokenizer, vocab_size)
         self._skipped: dict[Path, int] = {}
 
     @property
     def num_skipped(self) -> int:
         """Lines left out of the files that were read."""
         return sum(self._skipped.values())
+
+    def complete(self) -> dict[str, Any]:
+        """What options that were left null stand for."""
+        return {
+            "tokenizer": self.tokenizer, "sequence_length": self.sequence_length,
+            "batch_size": usual_batch(self.tokenizer),
+        }  # fmt: skip
 
     def idle(self) -> Iterator[tuple[str, str]]:
         """Options without effect, with the reason."""

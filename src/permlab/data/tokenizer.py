@@ -11,6 +11,8 @@ import numpy as np
 from permlab.data.document import brief
 
 BYTE = "byte"
+# Tokenizers that are made here; all others belong to a published model.
+OWN = (BYTE, "bpe")
 NUM_BYTES = 256
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -31,6 +33,24 @@ def vocabulary(tokenizer: str, vocab_size: int | None) -> int:
     if own is not None and wanted < own:
         raise ValueError(f"vocab_size {vocab_size}: tokenizer {tokenizer} has {own} tokens")
     return wanted
+
+
+def has_tokenizer(name: str) -> bool:
+    """Whether a checkpoint comes with a tokenizer: a folder that holds its files, or a name on the hub."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return HUB_NAME.fullmatch(name) is not None
+    return any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def usual_length(tokenizer: str) -> int:
+    """Tokens of a sample where nothing else is said: a line of bytes, or a page of a published model's tokens."""
+    return 128 if tokenizer in OWN else 512
+
+
+def usual_batch(tokenizer: str) -> int:
+    """Samples of a batch where nothing else is said: about as many tokens either way."""
+    return 16 if tokenizer in OWN else 4
 
 
 def encode(tokenizer: str, text: str, vocab_size: int) -> np.ndarray:

@@ -1,5 +1,6 @@
-"""LLaMA, from transformers: a causal transformer over patches or tokens."""
+"""LLaMA and its kin, from transformers: a causal transformer over patches or tokens."""
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -7,13 +8,14 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from permlab.data.spec import DataSpec
 from permlab.model.base import Backbone, free_of_decay, patchify
 from permlab.model.pretrained import as_causal_lm_config, check_equal, load_checkpoint, open_checkpoint
-from permlab.option import Divides, PositiveFloat, PositiveInt, Side, Verbatim
+from permlab.option import AddedLater, Checkpoint, Divides, PositiveFloat, PositiveInt, Side
 
 # Longest text of the rotary embedding in its published, stretched form; allocates nothing.
 _MAX_SLOTS = 131072
@@ -28,6 +30,9 @@ class Llama(Backbone):
 
     Images are read as linearly embedded patches and give one row of logits. Text is read as token
     ids and gives logits for the next token in every slot; `readout` plays no part there.
+
+    Mistral, Qwen2 and Qwen3 have the same modules, with a window, biases or norms of queries and keys besides. What
+    no option says is as in the configuration of a checkpoint, or in transformers' own for random weights.
 
     Shapes:
         b: samples.  n: patches or tokens.  d: width.
@@ -46,7 +51,8 @@ class Llama(Backbone):
         position: `slot`, `item` or `none`, as above.
         readout: features of the last slot, or the mean over slots; for images.
         tie_embeddings: whether the head of a text model is its embedding table; for text.
-        pretrained: start from the weights of a LLaMA for text: a folder in transformers' format, or a name
+        architecture: whose modules they are, by transformers' name of the type.
+        pretrained: start from the weights of such a model for text: a folder in transformers' format, or a name
             on the hub such as `meta-llama/Llama-3.2-1B`, which downloads on first use. Only safetensors are
             read. They are meant for the ids of their own tokenizer. None: random weights.
     Raises:
@@ -54,7 +60,7 @@ class Llama(Backbone):
             the width of a head is odd, or rope_factor is below 1; if pretrained weights cannot be had, are of
             another shape than the other options say, or are wanted for images or without `position=slot`.
     Source: Touvron et al. 2023, arXiv:2307.09288; Llama Team 2024, arXiv:2407.21783; through
-        transformers' `LlamaModel`.
+        transformers' `LlamaModel`; Jiang et al. 2023, arXiv:2310.06825; Qwen Team 2024, arXiv:2407.10671.
     Differs from source: patches, the `item` and `none` positions and the two read-outs of images are ours.
     Cost: O(b depth n d (n + mlp_width)) time; no key-value cache is kept.
     Example:
@@ -70,6 +76,19 @@ class Llama(Backbone):
     stem = "embedding"
     blocks_of = "llama"
 
+    checkpoints = "transformers"
+    from_checkpoint: ClassVar[dict[str, tuple]] = {
+        "architecture": ("model_type",),
+        "width": ("hidden_size",),
+        "depth": ("num_hidden_layers",),
+        "num_heads": ("num_attention_heads",),
+        "num_kv_heads": ("num_key_value_heads", "num_attention_heads"),
+        "mlp_width": ("intermediate_size",),
+        "norm_eps": ("rms_norm_eps", 1e-6),
+        "rope_theta": ("rope_theta", "rope_parameters.rope_theta", 10000.0),
+        "rope_factor": ("rope_scaling.factor", "rope_parameters.factor", 1.0),
+        "tie_embeddings": ("tie_word_embeddings", False),
+    }
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "rope_theta": ("position", ["item", "none"]),
         "rope_factor": ("position", ["item", "none"]),
@@ -94,36 +113,36 @@ class Llama(Backbone):
         position: Literal["item", "slot", "none"],
         readout: Literal["last", "mean"],
         tie_embeddings: bool,
-        pretrained: Verbatim | None = None,  # saved configurations of older versions do not have it
+        # Saved configurations of older versions do not have these.
+        architecture: Annotated[Literal["llama", "mistral", "qwen2", "qwen3"], AddedLater("llama")] = "llama",
+        pretrained: Checkpoint | None = None,
     ) -> None:
         super().__init__()
         _check_heads(width, num_heads, num_kv_heads)
         self.set_grid(spec, patch_size)
         self.kind, self.patch_size, self.num_features = spec.kind, patch_size, width
         self.position, self.readout = position, readout
-        config = LlamaConfig(
-            vocab_size=1,
+        config: Any = AutoConfig.for_model(
+            architecture,
             hidden_size=width,
             num_hidden_layers=depth,
             num_attention_heads=num_heads,
             num_key_value_heads=num_kv_heads,
+            head_dim=width // num_heads,
             intermediate_size=mlp_width,
             rms_norm_eps=norm_eps,
             rope_parameters=_rope_parameters(rope_theta, rope_factor),
             max_position_embeddings=_MAX_SLOTS,
-            bos_token_id=None,
-            eos_token_id=None,
-            use_cache=False,
-            attn_implementation="sdpa",  # type: ignore[call-arg]
         )
         # Checked first, since building a large network takes minutes.
         folder, self.num_slots = None, self.num_items
         if pretrained is not None:
-            folder, self.num_slots = _open_fitting(pretrained, config, spec, position, tie_embeddings)
-        self.network = LlamaModel(config)
+            folder, config = _open_fitting(pretrained, config, spec, position, tie_embeddings)
+            self.num_slots = config.max_position_embeddings
+        self.network = MODEL_MAPPING[type(config)](_without_ends(config))
         # Its own table would get no gradient from patches, and ours has to be the head's where tied.
         self.network.embed_tokens = None  # type: ignore[assignment]
-        rotation = _Rotation(config) if position == "slot" else _NoRotation(width // num_heads)
+        rotation = _Rotation(config) if position == "slot" else _NoRotation(config.head_dim)
         self.network.rotary_emb = rotation  # type: ignore[assignment]
         self.position_table = None
         if position == "item":
@@ -132,7 +151,13 @@ class Llama(Backbone):
         if pretrained is not None and folder is not None:
             load_checkpoint(pretrained, folder, self, rename=_our_name)
 
-    def causal_lm(self, tokenizer: Any = None) -> tuple[LlamaConfig, Callable[[str], str]]:
+    @property
+    def idle_parameters(self) -> tuple[str, ...]:
+        """Biases of keys, which a softmax takes off again where keys are not rotated."""
+        names = () if self.position == "slot" else dict(self.network.named_parameters())
+        return tuple(f"network.{name}" for name in names if name.endswith("k_proj.bias"))
+
+    def causal_lm(self, tokenizer: Any = None) -> tuple[PreTrainedConfig, Callable[[str], str]]:
         """Configuration of transformers' model that computes the same logits, and its names of our tensors.
 
         Args:
@@ -140,15 +165,21 @@ class Llama(Backbone):
         Returns:
             A copy, complete but for the tokenizer's special tokens, the architecture named; and a function.
         Raises:
-            ValueError: where transformers has no such model: for images, and without `position=slot`.
+            ValueError: where transformers has no such model: for images, and without `position=slot`; or would
+                take the tokenizer for another, as it does with any beside a Qwen2 or Qwen3.
         """
+        network_type = self.network.config.model_type
         if self.kind != "text" or self.position != "slot":
             raise ValueError(
                 f"LlamaForCausalLM is a Llama of text with position=slot, got a Llama of {self.kind} "
                 f"with {self.position}"
             )
+        own = type(tokenizer).__name__
+        if network_type.startswith("qwen") and tokenizer is not None and not own.startswith("Qwen2Tokenizer"):
+            raise ValueError(f"beside a {network_type} transformers takes a {own} for Qwen's own tokenizer")
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[network_type]
         config = as_causal_lm_config(
-            self.network.config, "LlamaForCausalLM", head=self.head, embedding=self.embedding, num_slots=self.num_slots
+            self.network.config, architecture, head=self.head, embedding=self.embedding, num_slots=self.num_slots
         )
         return config, _their_name
 
@@ -246,10 +277,18 @@ def _rope_parameters(theta: float, factor: float) -> dict[str, float | int | str
     }
 
 
-def _open_fitting(
-    name: str, config: LlamaConfig, spec: DataSpec, position: str, tie_embeddings: bool
-) -> tuple[Path, int]:
-    """Folder of a checkpoint that fits, and the longest text that it was made for.
+def _without_ends(config: Any) -> Any:
+    """A copy for the blocks alone: their embedding and head are ours."""
+    config = copy.deepcopy(config)
+    config.vocab_size = 1
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    config.use_cache = False
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def _open_fitting(name: str, config: Any, spec: DataSpec, position: str, tie_embeddings: bool) -> tuple[Path, Any]:
+    """Folder of a checkpoint that fits, and its own configuration, which says more than our options.
 
     Raises:
         ValueError: if there is none, or it does not fit.
@@ -258,15 +297,19 @@ def _open_fitting(
         raise ValueError(f"pretrained={name}: these weights read text, the data is {spec.kind}")
     if position != "slot":
         raise ValueError(f"pretrained={name}: these weights rotate by slot, not position={position}")
-    folder, theirs = open_checkpoint(name, LlamaConfig)
+    folder, theirs = open_checkpoint(name, type(config))
     settings = {option: (getattr(theirs, key), getattr(config, key)) for option, key in _SETTINGS.items()}
     settings["vocabulary"] = (theirs.vocab_size, spec.num_classes)
     settings["tie_embeddings"] = (bool(theirs.tie_word_embeddings), tie_embeddings)
-    check_equal(name, settings | _rope_settings(theirs.rope_parameters, config.rope_parameters))
-    return folder, theirs.max_position_embeddings
+    for option, default in (("rope_theta", None), ("factor", 1.0)):
+        both = [part.rope_parameters.get(option, default) for part in (theirs, config)]
+        settings["rope_factor" if option == "factor" else option] = (both[0], both[1])
+    check_equal(name, settings)
+    theirs.head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    return folder, theirs
 
 
-# Our names of transformers' settings, which for the last four are not to be chosen.
+# Our names of transformers' settings.
 _SETTINGS = {
     "width": "hidden_size",
     "depth": "num_hidden_layers",
@@ -274,19 +317,7 @@ _SETTINGS = {
     "num_kv_heads": "num_key_value_heads",
     "mlp_width": "intermediate_size",
     "norm_eps": "rms_norm_eps",
-    "head width": "head_dim",
-    "activation": "hidden_act",
-    "attention_bias": "attention_bias",
-    "mlp_bias": "mlp_bias",
 }
-
-
-def _rope_settings(theirs: Any, ours: Any) -> dict[str, tuple[Any, Any]]:
-    settings = {"rope_theta": (theirs["rope_theta"], ours["rope_theta"])}
-    settings["rope_factor"] = (theirs.get("factor", 1.0), ours.get("factor", 1.0))
-    for key in ("rope_type", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-        settings[key] = (theirs.get(key), ours.get(key))
-    return settings
 
 
 def _our_name(key: str) -> str | None:

@@ -12,6 +12,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig
 
+from permlab.option import same_value
+
 ConfigType = TypeVar("ConfigType", bound=PreTrainedConfig)
 
 _FILES = ("config.json", "model.safetensors.index.json", "model*.safetensors")
@@ -43,12 +45,12 @@ def check_equal(name: str, settings: Mapping[str, tuple[Any, Any]]) -> None:
     """Compare settings of a checkpoint with ours.
 
     Args:
-        settings: the checkpoint's value and ours, by the name of our option.
+        settings: the checkpoint's value and ours, by the name of our option; numbers in single precision.
     Raises:
         ValueError: naming the first that differs, with both values.
     """
     for option, (theirs, ours) in settings.items():
-        if theirs != ours:
+        if not same_value(theirs, ours):
             raise ValueError(f"pretrained={name}: its {option} is {theirs}, not {ours}")
 
 
@@ -83,6 +85,20 @@ def load_checkpoint(
             missing.pop(id(places[ours]), None)
     if missing:
         raise ValueError(f"pretrained={name}: it has no tensor for {min(missing.values())}")
+
+
+def tensor_names(name: str, folder: Path) -> Iterable[str]:
+    """Names of a checkpoint's tensors, which are not read.
+
+    Raises:
+        ValueError: if there are none, or a file cannot be read.
+    """
+    for file in _weight_files(name, folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                yield from tensors.keys()
+        except Exception as error:
+            raise ValueError(f"pretrained={name}: {file.name} cannot be read ({_reason(error)})") from error
 
 
 def as_causal_lm_config(

@@ -23,7 +23,7 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 from permlab.data.spec import DataSpec
 from permlab.model.base import Backbone, patchify
 from permlab.model.pretrained import as_causal_lm_config, check_equal, load_checkpoint, open_checkpoint
-from permlab.option import Divides, PositiveFloat, PositiveInt, Side, Verbatim
+from permlab.option import Checkpoint, Divides, PositiveFloat, PositiveInt, Side
 
 # Of the published models: an image is a film of two equal frames, windows are eight patches wide, and every
 # eighth block of the tower sees beyond them.
@@ -87,6 +87,23 @@ class QwenVl(Backbone):
     stem = "visual.patch_embed.proj"
     blocks_of = "qwen2_5_vl"
 
+    checkpoints = "transformers"
+    from_checkpoint: ClassVar[dict[str, tuple]] = {
+        "patch_size": ("vision_config.patch_size", 14),
+        "merge_size": ("vision_config.spatial_merge_size", 2),
+        "width": ("text_config.hidden_size", "hidden_size"),
+        "depth": ("text_config.num_hidden_layers", "num_hidden_layers"),
+        "num_heads": ("text_config.num_attention_heads", "num_attention_heads"),
+        "num_kv_heads": ("text_config.num_key_value_heads", "num_key_value_heads"),
+        "mlp_width": ("text_config.intermediate_size", "intermediate_size"),
+        "norm_eps": ("text_config.rms_norm_eps", "rms_norm_eps", 1e-6),
+        "rope_theta": ("text_config.rope_parameters.rope_theta", "text_config.rope_theta", "rope_theta", 1e6),
+        "vision_width": ("vision_config.hidden_size",),
+        "vision_depth": ("vision_config.depth", 32),
+        "vision_heads": ("vision_config.num_heads", 16),
+        "vision_mlp_width": ("vision_config.intermediate_size",),
+        "tie_embeddings": ("tie_word_embeddings", "text_config.tie_word_embeddings", False),
+    }
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "merge_size": ("kind", ["text"]),
         "patch_size": ("kind", ["text"]),
@@ -115,7 +132,7 @@ class QwenVl(Backbone):
         vision_heads: PositiveInt,
         vision_mlp_width: PositiveInt,
         tie_embeddings: bool,
-        pretrained: Verbatim | None = None,
+        pretrained: Checkpoint | None = None,
     ) -> None:
         super().__init__()
         _check_heads(width, num_heads, num_kv_heads, vision_width, vision_heads)

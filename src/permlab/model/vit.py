@@ -1,7 +1,8 @@
 """Vision Transformer, from timm."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
 import timm
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from permlab.data.spec import DataSpec
 from permlab.model.base import Backbone, free_of_decay
-from permlab.option import Divides, Dropout, PositiveFloat, PositiveInt, Side
+from permlab.model.pretrained import check_equal, tensor_names
+from permlab.option import Checkpoint, Divides, Dropout, PositiveFloat, PositiveInt, Side
 
 # (width, depth, num_heads) of the sizes that timm has ImageNet weights for, all with an MLP ratio of 4.
 _PRETRAINED = {
@@ -24,6 +26,9 @@ _PRETRAINED = {
 
 class Vit(Backbone):
     """Pre-norm transformer encoder over patches, each attending to all.
+
+    A checkpoint may have more than that, and keeps it: scales behind the branches of a block, a class token that is
+    no image's, registers beside it.
 
     Attention and the layers between know no order. So with a position table that travels with the
     item, or with none, the logits do not depend on the order when the class token or the mean is read;
@@ -41,12 +46,15 @@ class Vit(Backbone):
         drop_path: probability of leaving out the last block's branches in training; linear from 0 at the first.
         position: where the learned position table is added: to the item, to the slot, or nowhere.
         readout: features of the class token, mean over the patches, or features of the last slot.
-        pretrained: start from timm's ImageNet weights, resampled to the patch size, the grid and the
-            channels of the data; the head is kept only if the number of classes is the same. They were
-            trained on images scaled to [-1, 1]. Downloads on first use.
+        pretrained: start from weights, resampled to the patch size, the grid and the channels of the data; the
+            head is kept only if the number of classes is the same. A folder in timm's format, or the name of a
+            model of timm's, such as `vit_small_patch14_dinov2.lvd142m`; or true for those of timm's ImageNet
+            weights that are of the given size, which were trained on images scaled to [-1, 1]. Names are
+            downloaded on first use. None, false: random weights.
     Raises:
         ValueError: if the patch size does not divide the image, the heads do not divide the width, or
-            pretrained weights are wanted in a size that has none, or cannot be had.
+            pretrained weights are wanted in a size that has none, cannot be had, do not fit the other options or
+            are of no plain vision transformer; if `readout=cls` and the weights know no class token.
     Source: Dosovitskiy et al. 2021, arXiv:2010.11929, through timm's `VisionTransformer`.
     Differs from source: the position table may be added by slot or left out; there is a class token only
         where it is read, and the final norm comes before the pooling in every read-out.
@@ -61,6 +69,14 @@ class Vit(Backbone):
 
     stem = "patch_embed.proj"
     blocks_of = "vit"
+    checkpoints = "timm"
+    from_checkpoint: ClassVar[dict[str, tuple]] = {
+        "patch_size": ("patch_size", 16),
+        "width": ("embed_dim", 768),
+        "depth": ("depth", 12),
+        "num_heads": ("num_heads", 12),
+        "mlp_ratio": ("mlp_ratio", 4.0),
+    }
 
     def __init__(
         self,
@@ -74,7 +90,7 @@ class Vit(Backbone):
         drop_path: Dropout,
         position: Literal["item", "slot", "none"],
         readout: Literal["cls", "mean", "last"],
-        pretrained: bool,
+        pretrained: bool | Checkpoint | None,
     ) -> None:
         super().__init__()
         if width % num_heads:
@@ -89,28 +105,37 @@ class Vit(Backbone):
             "num_classes": spec.num_classes,
             "drop_path_rate": drop_path,
         }
-        if pretrained:
-            name = _pretrained_name(width, depth, num_heads, mlp_ratio)
-            network: Any = _load_pretrained(name, shape)
+        size = {"width": width, "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio}
+        if isinstance(pretrained, str):
+            network: Any = _load_checkpoint(pretrained, shape)
+            check_equal(pretrained, _sizes(network, size))
+        elif pretrained:
+            network = _load_pretrained(_pretrained_name(width, depth, num_heads, mlp_ratio), shape)
         else:
             network = VisionTransformer(embed_dim=width, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, **shape)
-        self._take(network)
+        # What a checkpoint has in front of its items stays there, whatever is read.
+        whole = isinstance(pretrained, str)
+        if readout == "cls" and network.cls_token is None:
+            raise ValueError(f"readout=cls: pretrained={pretrained} has no class token; nearest valid choice: mean")
+        self._take(network, has_class=network.cls_token is not None and (whole or readout == "cls"))
 
     @property
     def order_matters(self) -> bool:
         """Through a table added by slot, or through whichever item is read last; attention knows no order."""
         return self.position == "slot" or self.readout == "last"
 
-    def _take(self, network: Any) -> None:
+    def _take(self, network: Any, *, has_class: bool) -> None:
         """Keep the parts of timm's network that are used, under timm's names."""
         self.patch_embed, self.blocks, self.norm = network.patch_embed, network.blocks, network.norm
         self.head = network.head
-        self.cls_token = self.pos_embed = None
-        if self.readout == "cls":
+        self.cls_token = self.reg_token = self.pos_embed = None
+        if has_class:
             self.cls_token = free_of_decay(network.cls_token)
+            if network.reg_token is not None:
+                self.reg_token = free_of_decay(network.reg_token)
         if self.position != "none":
-            # timm's table has an entry for the class token in front.
-            table = network.pos_embed if self.readout == "cls" else network.pos_embed[:, 1:]
+            # timm's table mostly has an entry for the class token in front.
+            table = network.pos_embed if has_class else network.pos_embed[:, -self.num_items :]
             self.pos_embed = free_of_decay(nn.Parameter(table.detach().clone()))
 
     def embed(self, inputs: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
@@ -122,17 +147,16 @@ class Vit(Backbone):
 
     def tokens(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b t d"]:
         tokens = self._add_positions(items) if self.position == "slot" else items
-        if self.cls_token is not None:
-            tokens = torch.cat([self._class_token().expand(len(tokens), -1, -1), tokens], dim=1)
-        return self.norm(self.blocks(tokens))
+        front = [token.expand(len(tokens), -1, -1) for token in self._front()]
+        return self.norm(self.blocks(torch.cat([*front, tokens], dim=1)))
 
     def pool(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b d"]:
         if self.readout == "mean":
-            return tokens.mean(1)
+            return self.items_of(tokens).mean(1)
         return tokens[:, 0 if self.readout == "cls" else -1]
 
     def items_of(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b n d"]:
-        return tokens if self.cls_token is None else tokens[:, 1:]
+        return tokens[:, sum(token.shape[1] for token in (self.cls_token, self.reg_token) if token is not None) :]
 
     @property
     def stages(self) -> Sequence[nn.Module]:
@@ -140,15 +164,69 @@ class Vit(Backbone):
 
     @property
     def item_positions(self) -> tuple[str, int, int] | None:
-        return None if self.pos_embed is None else ("pos_embed", int(self.cls_token is not None), 0)
+        return None if self.pos_embed is None else ("pos_embed", self.pos_embed.shape[1] - self.num_items, 0)
 
     def _add_positions(self, items: Tensor) -> Tensor:
         assert self.pos_embed is not None
         return items + self.pos_embed[:, -self.num_items :]
 
-    def _class_token(self) -> Tensor:
-        assert self.cls_token is not None
-        return self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
+    def _front(self) -> Iterator[Tensor]:
+        """What stands before the items: the class token and the registers, at their places in the table if it has any.
+
+        A table has places for all of them or for the items alone.
+        """
+        front = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        start = 0
+        for token in front:
+            stop = start + token.shape[1]
+            has_places = self.pos_embed is not None and self.pos_embed.shape[1] > self.num_items
+            yield token + self.pos_embed[:, start:stop] if has_places else token  # type: ignore[index]
+            start = stop
+
+
+def _load_checkpoint(name: str, shape: dict[str, Any]) -> Any:
+    """Timm's network for images of another shape, with the weights of a folder or a name.
+
+    Raises:
+        ValueError: if there are none, they are not of the network that they come with, or that is none of those
+            which `Vit` computes.
+    """
+    folder = Path(name) if Path(name).is_dir() else None
+    try:
+        network: Any = timm.create_model(f"local-dir:{folder}" if folder else name, pretrained=True, **shape)
+    except Exception as error:  # a broken file, an unknown name, no hub, tensors of another shape
+        reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
+        raise ValueError(f"pretrained={name}: cannot be loaded ({type(error).__name__}: {reason})") from error
+    unlike = _unlike(network)
+    if unlike:
+        raise ValueError(f"pretrained={name}: {unlike}, which is no plain vision transformer")
+    if folder is not None:
+        missing = [key for key in network.state_dict() if not key.startswith("head.")]
+        missing = sorted(set(missing) - set(tensor_names(name, folder)))
+        if missing:
+            raise ValueError(f"pretrained={name}: it has no tensor for {missing[0]}")
+    return network
+
+
+def _unlike(network: Any) -> str | None:
+    """What a network has that `Vit` does not compute; None if nothing."""
+    if type(network) is not VisionTransformer:
+        return f"is a {type(network).__name__}"
+    for part in ("norm_pre", "fc_norm", "attn_pool"):
+        module = getattr(network, part, None)
+        if module is not None and not isinstance(module, nn.Identity):
+            return f"has a {part}"
+    return "has no position table" if network.pos_embed is None else None
+
+
+def _sizes(network: Any, ours: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Sizes of a network and ours, by the names of options."""
+    block = network.blocks[0]
+    theirs = {"width": network.embed_dim, "depth": len(network.blocks), "num_heads": block.attn.num_heads}
+    theirs["mlp_ratio"] = ours["mlp_ratio"]
+    if block.mlp.fc2.in_features != int(network.embed_dim * ours["mlp_ratio"]):
+        theirs["mlp_ratio"] = block.mlp.fc2.in_features / network.embed_dim
+    return {option: (theirs[option], value) for option, value in ours.items()}
 
 
 def _load_pretrained(name: str, shape: dict[str, Any]) -> Any:

@@ -21,6 +21,7 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, register_model
 
+from permlab.config.checkpoint import derived
 from permlab.config.compose import preset
 from permlab.config.schema import component_names, constant
 from permlab.timm_models.timm_model import model_class
@@ -65,6 +66,8 @@ def _register() -> None:
         component, name = settings["component"], timm_name(choice)
         if "image" not in (constant("model", component, "reads") or ("image",)):
             continue
+        if any(settings.get(option, 0) is None for option in derived(component) if option != "patch_size"):
+            continue  # of the size of a checkpoint
         default_cfgs[name] = {
             "url": "",
             "num_classes": 1000,

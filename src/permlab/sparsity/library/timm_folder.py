@@ -39,8 +39,8 @@ def timm_config(model: nn.Module, normalisation: Mapping[str, Any] | None = None
         normalisation: `mean` and `std` by channel of the images that it reads, on the scale 0..1, for timm's
             transforms; zero and one if absent.
     Returns:
-        Nothing where timm has no such model: another backbone, one that reads the last slot, or one with gathers,
-        whose weights timm refuses for their orders' names.
+        Nothing where timm has no such model: another backbone, one that reads the last slot or has other activations
+        than timm's usual one, or one with gathers, whose weights timm refuses for their orders' names.
     Example:
         >>> from permlab.data.spec import DataSpec
         >>> from permlab.model.vit import Vit
@@ -65,6 +65,11 @@ def timm_config(model: nn.Module, normalisation: Mapping[str, Any] | None = None
         "num_heads": block.attn.num_heads,
         "mlp_ratio": (block.mlp.fc1.out_features + 0.5) / width,  # timm rounds the product down
         "class_token": vit.cls_token is not None,
+        "reg_tokens": 0 if vit.reg_token is None else vit.reg_token.shape[1],
+        "no_embed_class": vit.pos_embed is not None and vit.pos_embed.shape[1] == vit.num_items,
+        "init_values": None if isinstance(block.ls1, nn.Identity) else 1.0,  # the scales are among the weights
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
         "global_pool": pool,
         "fc_norm": False,
         "pos_embed": "none" if vit.pos_embed is None else "learn",
@@ -94,4 +99,4 @@ def _is_vit(model: nn.Module) -> bool:
     from permlab.model.vit import Vit  # seconds to import
 
     # Items are read in raster order here, so that a table added by slot is one added by item.
-    return isinstance(model, Vit) and model.readout in _POOLS
+    return isinstance(model, Vit) and model.readout in _POOLS and type(model.blocks[0].mlp.act) is nn.GELU
