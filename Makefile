@@ -8,7 +8,7 @@ WORKERS ?= auto
 # Compiled modules are kept whatever the shell says: without them every process compiles all libraries anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup train prune test test-all check audit options sweep study-prune bench bench-outer bench-prune soak lock clean
+.PHONY: help setup train prune test test-all check audit options sweep study study-prune bench bench-outer bench-prune soak lock clean
 
 help:  ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,8 +38,11 @@ test-all: $(STAMP)  ## run the tests with all of what is long by nature: mutated
 sweep: $(STAMP)  ## run the grid of sweeps/NAME.yaml, or go on with it; without NAME, list them
 	@$(BIN)/python -m permlab.sweep $(NAME) $(ARGS)
 
-study-prune: $(STAMP)  ## the miniature study of N:M pruning: run what is missing, write results/prune.md
-	@$(BIN)/python -m permlab.sweep --study prune $(ARGS)
+study: $(STAMP)  ## all sweeps of the study NAME: run what is missing, write results/NAME.md; without NAME, list them
+	@$(BIN)/python -m permlab.sweep --study $(NAME) $(ARGS)
+
+study-prune:  ## the miniature study of N:M pruning
+	@$(MAKE) --no-print-directory study NAME=prune
 
 bench: $(STAMP)  ## our operations against other libraries and published formulas, then what surrounds them (ARGS=--quick)
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python POT pygmtools mambapy || echo "bench: some libraries to compare with could not be installed; their rows are left out"

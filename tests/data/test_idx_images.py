@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from permlab.data.idx_images import IdxImages
 
 SPLITS = ("train", "val", "test")
 COUNTS = {"train": 60, "t10k": 20}
 OPTIONS = {"prefix": "", "transpose": False, "mean": 0.5, "sd": 0.25, "num_val": 15, "patch_size": 2, "augment": "none"}
+OPTIONS["resize"] = None
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -121,3 +123,13 @@ def test_labels_that_are_all_the_same_are_refused(tmp_path: Path) -> None:
 def test_values_that_cannot_be_are_refused(tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(write_files(tmp_path), **options).spec()
+
+
+def test_images_are_stretched_after_all_else_as_pillow_stretches_them(tmp_path: Path) -> None:
+    root = write_files(tmp_path)
+    plain, wide = (make(root, resize=side).dataset("test", 0) for side in (None, 21))
+    spec = make(root, resize=21, patch_size=7).spec()
+    assert (spec.height, spec.width, spec.grid(7)) == (21, 21, (3, 3))
+    images = plain.__getitems__(range(4))[0][:, 0].numpy()
+    expected = [np.asarray(Image.fromarray(image).resize((21, 21), Image.Resampling.BICUBIC)) for image in images]
+    np.testing.assert_allclose(wide.__getitems__(range(4))[0][:, 0].numpy(), np.stack(expected), atol=1e-5)

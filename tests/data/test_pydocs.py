@@ -21,6 +21,7 @@ def make(**options) -> Pydocs:
         "vocab_size": 512,
         "val_fraction": 0.1,
         "test_fraction": 0.1,
+        "split_seed": None,
     }
     return Pydocs(**defaults | options)
 
@@ -39,7 +40,8 @@ def tokens_of(dataset) -> list[int]:
 def test_shape_is_known_before_torch_is_imported() -> None:
     code = (
         "import sys; from permlab.data.pydocs import Pydocs;"
-        "print(*(Pydocs(sequence_length=64, tokenizer=name, vocab_size=300, val_fraction=0.1, test_fraction=0.1).spec()"
+        "print(*(Pydocs(sequence_length=64, tokenizer=name, vocab_size=300, val_fraction=0.1, test_fraction=0.1,"
+        " split_seed=None).spec()"
         " for name in ('byte', 'bpe')));"
         "assert not {'torch', 'tokenizers', 'transformers'} & set(sys.modules)"
     )
@@ -53,6 +55,15 @@ def test_every_topic_is_in_one_split(seed: int) -> None:
     parts = [make().topics(split, seed) for split in SPLITS]
     assert sorted(title for part in parts for title in part) == sorted(topics)
     assert all(parts)
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_a_seed_of_the_split_takes_the_place_of_the_runs(tokenizer: str) -> None:
+    own, shared = (make(tokenizer=tokenizer, split_seed=seed) for seed in (None, 4))
+    for split in SPLITS:
+        assert {shared.topics(split, seed) for seed in range(3)} == {own.topics(split, 4)}
+    assert tokens_of(shared.dataset("test", 1)) == tokens_of(own.dataset("test", 4))
+    assert tokens_of(own.dataset("test", 1)) != tokens_of(own.dataset("test", 4))
 
 
 @pytest.mark.parametrize("seed", range(3))

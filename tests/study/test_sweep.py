@@ -124,6 +124,22 @@ def test_without_a_name_sweeps_are_listed_with_their_comments(sweeps: Path, caps
     assert err == ""
 
 
+def test_without_a_name_studies_are_listed(sweeps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("real_llm_1_pruners", "real_llm_2_methods", "real_vit_1_pruners", "ablate_prune_1"):
+        write(sweeps, name, GRID)
+    assert main(["--study"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:-1] == [
+        "ablate    sweeps: 1, jobs: 8",
+        "real      sweeps: 3, jobs: 24",
+        "real_llm  sweeps: 2, jobs: 16",
+        "real_vit  sweeps: 1, jobs: 8",
+    ]
+    assert "--study <name>" in lines[-1]
+    assert main(["--study", "real_lm"]) == 2
+    assert capsys.readouterr().err.strip().endswith("nearest valid choice: real_llm")
+
+
 # Running
 
 

@@ -195,6 +195,15 @@ def test_orders_of_a_classification(tmp_path: Path) -> None:
     assert rows["sort_ste"] == ["60.0", "+10.0 (+10.0)", "1"]
 
 
+def test_hours_count_what_runs_needed_before_them(tmp_path: Path) -> None:
+    plans = accuracies(tmp_path / "runs")[:2]
+    for plan, seconds in zip(plans, (1800.0, 5400.0), strict=True):
+        write_json(plan.directory / "summary.json", {"test/accuracy": 0.5, "train/seconds": seconds})
+    dense = finished(tmp_path / "runs", "task=classify", "method=fixed", **{"train/seconds": 3600.0})
+    assert write_table(plans, tmp_path / "table").endswith(" 2 runs, 2.00 hours in all.\n")
+    assert write_table(plans, tmp_path / "table", before=[dense]).endswith(" 3 runs, 3.00 hours in all.\n")
+
+
 def test_nothing_finished_is_an_empty_table(tmp_path: Path) -> None:
     assert write_table([], tmp_path / "table").strip().endswith("Computed on: unknown.")
     assert (tmp_path / "table.csv").read_text().strip() == ""

@@ -5,12 +5,12 @@ import math
 import zlib
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 
 from permlab.data.spec import DataSpec
-from permlab.option import Fraction, PositiveFloat, PositiveInt, Verbatim
+from permlab.option import AddedLater, Fraction, PositiveFloat, PositiveInt, Verbatim
 
 if TYPE_CHECKING:
     from permlab.data.image import PixelDataset
@@ -38,6 +38,8 @@ class IdxImages:
         patch_size: side of a patch, in pixels, where the model's configuration names none.
         augment: of training images: `none`; `flip` mirrors half of them; `crop_flip` also moves
             them by up to four pixels over a black border.
+        resize: height and width, in pixels, to which images are stretched on the device, bicubically; null leaves
+            them as they are. For models with patches that are as large as a part of such an image.
     Raises:
         ValueError: if `prefix` names a folder.
     Source: LeCun, Cortes and Burges 1998, the MNIST database.
@@ -56,12 +58,13 @@ class IdxImages:
         num_val: PositiveInt,
         patch_size: PositiveInt,
         augment: Literal["none", "flip", "crop_flip"],
+        resize: Annotated[PositiveInt | None, AddedLater(None)],
     ) -> None:
         if "/" in prefix:
             raise ValueError(f"prefix {prefix}: expected the beginning of a file's name; root is the folder")
         self.root, self.prefix, self.transpose = Path(root), prefix, transpose
         self.mean, self.sd, self.num_val = mean, sd, num_val
-        self.patch_size, self.augment = patch_size, augment
+        self.patch_size, self.augment, self.resize = patch_size, augment, resize
 
     def spec(self) -> DataSpec:
         """Shape of the images and number of classes, from the headers of the images and from the labels.
@@ -81,7 +84,7 @@ class IdxImages:
         if self.num_val >= shapes["train"][0]:
             raise ValueError(f"num_val {self.num_val}: there are {shapes['train'][0]} training images")
         _, *sides = shapes["train"]
-        height, width = reversed(sides) if self.transpose else sides
+        height, width = self._size() or (reversed(sides) if self.transpose else sides)
         return DataSpec("image", self._num_classes(), 1, height, width, self.patch_size)
 
     def dataset(self, split: str, seed: int) -> "PixelDataset":
@@ -100,7 +103,12 @@ class IdxImages:
             pixels = np.ascontiguousarray(pixels.swapaxes(1, 2))
         augment = self.augment if split == "train" else "none"
         pixels, labels = pixels[:, None], labels[chosen]
-        return PixelDataset(pixels, labels, mean=(self.mean,), sd=(self.sd,), augment=augment, seed=seed)
+        return PixelDataset(
+            pixels, labels, mean=(self.mean,), sd=(self.sd,), augment=augment, seed=seed, size=self._size()
+        )
+
+    def _size(self) -> tuple[int, int] | None:
+        return None if self.resize is None else (self.resize, self.resize)
 
     def where(self, split: str) -> str:
         """Folder of a split, for messages."""

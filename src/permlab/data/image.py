@@ -92,6 +92,7 @@ class PixelBatch:
     Shapes:
         pixels: uint8 `[b, c, h, w]`.  labels: int64 `[b]`.
         shift, is_flipped: see `shift_and_flip`; None for images as they are.
+        size: height and width to which images are stretched at last; None for their own.
     """
 
     pixels: Tensor
@@ -100,13 +101,17 @@ class PixelBatch:
     sd: tuple[float, ...]
     shift: Tensor | None = None
     is_flipped: Tensor | None = None
+    size: tuple[int, int] | None = None
 
     def finished(self) -> tuple[Tensor, Tensor]:
-        """Images moved, mirrored and normalised, and labels, wherever the batch has been brought."""
+        """Images moved, mirrored, normalised and stretched, and labels, wherever the batch has been brought."""
         pixels = self.pixels
         if self.shift is not None and self.is_flipped is not None:
             pixels = shift_and_flip(pixels, self.shift, self.is_flipped)
-        return normalise(pixels, self.mean, self.sd), self.labels
+        images = normalise(pixels, self.mean, self.sd)
+        if self.size is not None:
+            images = F.interpolate(images, size=self.size, mode="bicubic", antialias=True)
+        return images, self.labels
 
 
 class PixelDataset(Dataset):
@@ -119,6 +124,7 @@ class PixelDataset(Dataset):
         augment: `flip` mirrors half of the images; `crop_flip` also moves them by up to four
             pixels each way, over a black border.
         seed: of the augmentation.
+        size: height and width to which images are stretched, bicubically; None for their own.
     """
 
     def __init__(
@@ -130,8 +136,9 @@ class PixelDataset(Dataset):
         sd: Sequence[float],
         augment: Augment = "none",
         seed: int = 0,
+        size: tuple[int, int] | None = None,
     ) -> None:
-        self.pixels, self.labels = torch.from_numpy(pixels), torch.from_numpy(labels)
+        self.pixels, self.labels, self.size = torch.from_numpy(pixels), torch.from_numpy(labels), size
         self.mean, self.sd, self.augment, self.seed = tuple(mean), tuple(sd), augment, seed
         self.set_epoch(0)
 
@@ -154,8 +161,10 @@ class PixelDataset(Dataset):
     def unfinished(self, indices: Sequence[int]) -> PixelBatch:
         """A batch as bytes, for whoever finishes it on the device."""
         index = torch.as_tensor(indices)
-        moves = () if self.augment == "none" else (self.shift[index], self.is_flipped[index])
-        return PixelBatch(self.pixels[index], self.labels[index], self.mean, self.sd, *moves)
+        batch = PixelBatch(self.pixels[index], self.labels[index], self.mean, self.sd, size=self.size)
+        if self.augment != "none":
+            batch.shift, batch.is_flipped = self.shift[index], self.is_flipped[index]
+        return batch
 
 
 def shift_and_flip(pixels: Tensor, shift: Tensor, is_flipped: Tensor) -> Tensor:

@@ -30,6 +30,23 @@ class Unfinished:
         self.dataset.set_epoch(epoch)
 
 
+class Part:
+    """Some samples of a data set, by their places in it."""
+
+    def __init__(self, dataset: Any, index: np.ndarray) -> None:
+        self.dataset, self.index = dataset, index
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        return self.dataset.__getitems__(self.index[np.asarray(indices)].tolist())
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+
 class DataModule(L.LightningDataModule):
     """Train, validation and test loaders of the configured dataset, split and shuffled by seed.
 
@@ -44,14 +61,42 @@ class DataModule(L.LightningDataModule):
     def __init__(self, component: Any, settings: Mapping[str, Any], seed: int) -> None:
         super().__init__()
         self.component, self.settings, self.seed = component, settings, seed
+        self._kept: dict[str, Batchable] = {}
 
     def _dataset(self, split: str) -> Batchable:
         with data_errors():
             return self.component.dataset(split, self.seed)
 
+    def _read(self, split: str) -> Batchable:
+        return self._kept[split] if split in self._kept else self._dataset(split)
+
+    @property
+    def augments(self) -> bool:
+        """Whether training samples differ from epoch to epoch."""
+        return getattr(self.component, "augment", "none") != "none"
+
+    def keep(self, split: str, dataset: Batchable) -> None:
+        """Let the loader of a split read another data set from now on: a part of it, or what was computed of it."""
+        self._kept[split] = dataset
+
+    def drawn(self, split: str, count: int | None) -> Batchable:
+        """A split, or so many samples of it in its order, drawn by the seed."""
+        dataset = self._dataset(split)
+        if count is None or count >= len(dataset):
+            return dataset
+        return Part(dataset, np.sort(self._shuffled(len(dataset))[:count]))
+
+    def in_order(self, split: str) -> Loader:
+        """Batches of all that is read of a split, as they are without augmentation and in the order of the data set."""
+        with data_errors():
+            return Loader(self._read(split), batch_size=self.settings["batch_size"], num_workers=self._num_workers())
+
+    def _shuffled(self, count: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, count]).permutation(count)
+
     def _loader(self, split: str) -> Loader:
         trainer: Any = self.trainer
-        dataset = self._dataset(split)
+        dataset = self._read(split)
         with data_errors():
             return Loader(
                 Unfinished(dataset) if hasattr(dataset, "unfinished") else dataset,
@@ -113,7 +158,7 @@ class DataModule(L.LightningDataModule):
         dataset = self._dataset(split)
         if len(dataset) == 0:
             raise ValueError(f"the {split} split has no samples to calibrate on")
-        index = np.random.default_rng([self.seed, len(dataset)]).permutation(len(dataset))[:count]
+        index = self._shuffled(len(dataset))[:count]
         size = self.settings["batch_size"]
         with data_errors():
             return [dataset.__getitems__(index[i : i + size].tolist()) for i in range(0, len(index), size)]

@@ -3,13 +3,13 @@
 import hashlib
 import json
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
 from permlab.data.spec import DataSpec, text_spec
 from permlab.data.tokenizer import BYTE, NUM_BYTES, OWN, encode, load_tokenizer, usual_batch, usual_length, vocabulary
-from permlab.option import Checkpoint, Fraction, PositiveInt
+from permlab.option import AddedLater, Checkpoint, Fraction, NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -46,6 +46,8 @@ class Pydocs:
             null where it can be read; without effect for `byte`, which has 256.
         val_fraction: part of the bytes on which models are picked.
         test_fraction: part of the bytes that is looked at once, at the end.
+        split_seed: of the split and of `bpe`, for runs whose seeds are to share them: then the run's own draws
+            the order of batches and the samples for calibration alone. Null for the run's own.
     Raises:
         ValueError: if a fraction is below 0.01, both leave less than 0.05 to train on, or `vocab_size` is too small.
     Source: `pydoc_data.topics` of the running Python, made from the Python Language Reference.
@@ -66,6 +68,7 @@ class Pydocs:
         vocab_size: PositiveInt | None,
         val_fraction: Fraction,
         test_fraction: Fraction,
+        split_seed: Annotated[NonNegativeInt | None, AddedLater(None)],
     ) -> None:
         if min(val_fraction, test_fraction) < 0.01 or val_fraction + test_fraction > 0.95:
             raise ValueError(
@@ -80,7 +83,7 @@ class Pydocs:
         if self.tokenizer == "bpe" and self.vocab_size <= NUM_BYTES:
             raise ValueError(f"vocab_size {vocab_size}: expected more than the {NUM_BYTES} bytes that bpe starts from")
         self.sequence_length = sequence_length or usual_length(self.tokenizer)
-        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
 
     def spec(self) -> DataSpec:
         """Vocabulary and length of a sample.
@@ -121,7 +124,8 @@ class Pydocs:
 
     def topics(self, split: str, seed: int) -> tuple[str, ...]:
         """Sorted titles of the topics of a split."""
-        return _split(seed, self.val_fraction, self.test_fraction)[split]
+        own = seed if self.split_seed is None else self.split_seed
+        return _split(own, self.val_fraction, self.test_fraction)[split]
 
     def fingerprint(self) -> str:
         """Sixteen hex digits of the titles and texts of all topics, before any split."""

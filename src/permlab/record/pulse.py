@@ -2,10 +2,10 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from types import TracebackType
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 from permlab.record.rundir import is_rank_zero
 
@@ -13,7 +13,7 @@ EVERY_SECONDS = 30.0
 # Part of that after which whoever works speaks, so that the thread, which knows less, seldom has to.
 SOON = 0.8
 
-Item = TypeVar("Item")
+Item = TypeVar("Item", covariant=True)
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
 
@@ -134,7 +134,15 @@ class Pulse:
             yield f"about {duration(seconds / made * max(0, self.total - self._done))} left"
 
 
-def watched(what: str, unit: str, items: Sequence[Item]) -> Iterator[Item]:
+class Counted(Protocol[Item]):
+    """Items of which it is known how many they are."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Item]: ...
+
+
+def watched(what: str, unit: str, items: Counted[Item]) -> Iterator[Item]:
     """The same items, one after the other, with a line about them at least every half minute."""
     with Pulse(what, unit, len(items)) as pulse:
         for done, item in enumerate(items):

@@ -28,6 +28,19 @@ def sweep_names(prefix: str = "") -> list[str]:
     return sorted(path.stem for path in SWEEPS.glob(f"{prefix}*.yaml"))
 
 
+def studies() -> dict[str, list[str]]:
+    """Sweeps of every study by its name: the words in front of a sweep's number, or the first of them.
+
+    Of names that stand for the same sweeps the shortest is taken.
+    """
+    found: dict[str, list[str]] = {}
+    for name in sweep_names():
+        words = re.split(r"_(?=\d)", name)[0].split("_")
+        for prefix in itertools.accumulate(words, "{}_{}".format):
+            found.setdefault(prefix, []).append(name)
+    return {prefix: names for prefix, names in found.items() if names not in [found[p] for p in found if p < prefix]}
+
+
 def sweep_comments() -> dict[str, str]:
     """What the first line of every file in `sweeps/` says, by stem."""
     return {name: (SWEEPS / f"{name}.yaml").read_text().partition("\n")[0].lstrip("# ") for name in sweep_names()}

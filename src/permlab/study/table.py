@@ -92,7 +92,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 # One row of Markdown for each configuration
 
 
-def write_table(plans: Sequence[Plan], path: Path) -> str:
+def write_table(plans: Sequence[Plan], path: Path, before: Sequence[Plan] = ()) -> str:
     """Write `<path>.md` and `<path>.csv` and return the Markdown.
 
     Every plan must be that of a finished run. The first column names what differs between
@@ -101,6 +101,7 @@ def write_table(plans: Sequence[Plan], path: Path) -> str:
     Args:
         plans: of finished runs, several seeds of each configuration.
         path: of the two files, without suffix.
+        before: plans of finished runs that these needed, which count in the hours.
     """
     sections: dict[str, list[Finished]] = {}
     for run in (run for plan in plans if (run := _finished(plan)) is not None):
@@ -110,7 +111,7 @@ def write_table(plans: Sequence[Plan], path: Path) -> str:
         markdown, rows = _section_table(title, by_configuration(runs))
         parts.append(markdown)
         records += rows
-    text = "\n\n".join([*parts, _machine(plans)]) + "\n"
+    text = "\n\n".join([*parts, _cost(plans, before)]) + "\n"
     write_text(path.with_suffix(".md"), text)
     buffer = io.StringIO()
     names = list(dict.fromkeys(name for record in records for name in record))
@@ -231,6 +232,9 @@ def _mean(group: Sequence[Finished], key: str, shape: str) -> str:
     return format(statistics.mean(values), shape) if values else ""
 
 
-def _machine(plans: Sequence[Plan]) -> str:
+def _cost(plans: Sequence[Plan], before: Sequence[Plan]) -> str:
+    """What the numbers are, what they were computed on, and how long that took in all."""
     found = sorted({read_provenance(plan.directory).get("device", "") for plan in plans} - {""})
-    return f"Mean ± standard deviation over seeds. Computed on: {', '.join(found) or 'unknown'}."
+    line = f"Mean ± standard deviation over seeds. Computed on: {', '.join(found) or 'unknown'}."
+    seconds = [read_summary(plan.directory).get("train/seconds", 0.0) for plan in [*plans, *before]]
+    return f"{line} {len(seconds)} runs, {sum(seconds) / 3600:.2f} hours in all." if any(seconds) else line

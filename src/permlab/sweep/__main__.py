@@ -11,12 +11,14 @@ import sys
 from collections.abc import Sequence
 
 from permlab.cli import main as command_line
+from permlab.config.plan import Plan
 from permlab.config.schema import CONF
 from permlab.data.cores import count_cores
 from permlab.errors import ConfigError, RunError, nearest
 from permlab.record.rundir import is_done
+from permlab.run.companion import companion_plan
 from permlab.run.outlook import announce_jobs
-from permlab.study.grid import read_sweep, sweep_comments, sweep_names
+from permlab.study.grid import read_sweep, studies, sweep_comments, sweep_names
 from permlab.study.jobs import resolve_jobs, run_jobs
 from permlab.study.table import write_table
 
@@ -27,7 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run sweeps or a study; returns the worst exit code of its jobs."""
     parser = argparse.ArgumentParser(prog="python -m permlab.sweep", description="Run studies.")
     parser.add_argument("names", nargs="*", help="stems of files in sweeps/; none: list them")
-    parser.add_argument("--study", help="run every sweep whose name begins so, and write results/<study>.md and .csv")
+    parser.add_argument(
+        "--study",
+        nargs="?",
+        const="",
+        metavar="NAME",
+        help="run every sweep whose name begins so, and write results/<study>.md and .csv; no name: list the studies",
+    )
     parser.add_argument("--processes", type=int, default=min(count_cores(), 8), help="jobs at a time")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override for every job")
     parser.add_argument("--table", action="store_true", help="only write the table of what has been run")
@@ -41,17 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     names = list(options.names)
-    if options.study and not re.fullmatch(r"\w+", options.study):
-        raise ConfigError(f"--study {options.study}: no name of a study")
     if options.study:
-        names += sweep_names(f"{options.study}_")
-    if not names and options.study:
-        studies = {name.partition("_")[0] for name in sweep_names()}
-        raise ConfigError(
-            f"--study {options.study}: no sweep's name begins so{nearest(options.study, sorted(studies))}"
-        )
+        names += _sweeps_of(options.study)
     if not names:
-        print(_listing())
+        print(_listing() if options.study is None else _listing_of_studies())
         return 0
     threads = [] if options.processes == 1 else ["num_threads=1"]
     jobs = [[*threads, *job, *options.set] for name in names for job in read_sweep(name)]
@@ -60,8 +61,43 @@ def _run(options: argparse.Namespace) -> int:
         print(announce_jobs(plans), flush=True)
     codes = [] if options.table else run_jobs(command_line, "train", jobs, plans, num_processes=options.processes)
     finished = [plan for plan in plans if plan is not None and is_done(plan.directory)]
-    print(write_table(finished, RESULTS / (options.study or "_".join(names))))
+    print(write_table(finished, RESULTS / (options.study or "_".join(names)), before=_before(finished)))
     return max(codes, default=0)
+
+
+def _sweeps_of(study: str) -> list[str]:
+    """Stems of a study's sweeps, in the order in which they are run.
+
+    Raises:
+        ConfigError: if no sweep's name begins so.
+    """
+    if not re.fullmatch(r"\w+", study):
+        raise ConfigError(f"--study {study}: no name of a study")
+    names = sweep_names(f"{study}_")
+    if not names:
+        raise ConfigError(f"--study {study}: no sweep's name begins so{nearest(study, sorted(studies()))}")
+    return names
+
+
+def _before(plans: Sequence[Plan]) -> list[Plan]:
+    """Plans of the finished runs that others needed before them, each once."""
+    found = {}
+    for plan in plans:
+        for companion in plan.task.before(plan).values():
+            if companion.run is None:
+                other = companion_plan(plan, companion)
+                found[other.directory] = other
+    return [plan for plan in found.values() if is_done(plan.directory)]
+
+
+def _listing_of_studies() -> str:
+    """Every study with the number of its sweeps and jobs."""
+    counts = {name: (len(names), sum(len(read_sweep(sweep)) for sweep in names)) for name, names in studies().items()}
+    width = max(map(len, counts), default=0)
+    lines = [f"{name:<{width}}  sweeps: {sweeps}, jobs: {jobs}" for name, (sweeps, jobs) in counts.items()]
+    return "\n".join(
+        [*lines, "python -m permlab.sweep --study <name> runs one, or goes on with it, and prints its table"]
+    )
 
 
 def _listing() -> str:

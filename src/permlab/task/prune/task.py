@@ -8,6 +8,7 @@ from permlab.config.plan import Plan
 from permlab.config.schema import component_names, component_options, constant, preset_component
 from permlab.data.spec import DataSpec
 from permlab.errors import nearest
+from permlab.model.pretrained_head import num_head_classes
 from permlab.option import AddedLater, NonNegativeFloat, PositiveFloat, PositiveInt, Verbatim
 from permlab.record.stored import read_plan
 from permlab.task.metric import ACCURACY, PERPLEXITY, Metric, Row
@@ -15,6 +16,8 @@ from permlab.task.task import Companion, Idle, Task
 
 # The task that trains the model, and what that is judged by, for each kind of data.
 TRAINED_BY: dict[str, tuple[str, Metric]] = {"image": ("classify", ACCURACY), "text": ("lm", PERPLEXITY)}
+# The task that trains a head alone, where pretrained weights come without one for the classes of the data.
+HEAD_TRAINED_BY = "probe"
 # What the dense run takes over from the pruning's: the model, and where it computes, not how long.
 TRAINER_KEYS = (
     *("accelerator", "strategy", "devices", "num_nodes", "precision", "enable_progress_bar"),
@@ -194,17 +197,25 @@ class Prune(Task):
             yield "task.mask_backward", f"{named}, which is not straight-through"
         if method.get("estimator") != "relaxed":
             yield "task.mix", f"{named}, which mixes no items"
-        if pretrained:
+        if pretrained and self._trained_by(plan.config) is None:
             yield "task.dense_steps", "model.pretrained"
 
     def learns(self, plan: Plan) -> bool:
         return "lr" in component_options("method", plan.config["method"]["component"])
 
     def complete(self, config: dict[str, Any]) -> None:
-        if self.dense or config["model"].get("pretrained"):
+        if self.dense or self._trained_by(config) is None:
             config["task"]["dense_steps"] = None  # nothing is trained before
 
     # The dense model
+
+    def _trained_by(self, config: Mapping[str, Any]) -> str | None:
+        """Task that trains the dense model, or its head alone; None where pretrained weights are whole."""
+        pretrained = config["model"].get("pretrained")
+        if not pretrained:
+            return TRAINED_BY[self.spec.kind][0]
+        is_whole = self.spec.kind != "image" or num_head_classes(pretrained) == self.spec.num_classes
+        return None if is_whole else HEAD_TRAINED_BY
 
     def data_seed(self, plan: Plan) -> int:
         """That of the dense run, or its training samples would be tested on."""
@@ -212,15 +223,15 @@ class Prune(Task):
 
     def before(self, plan: Plan) -> dict[str, Companion]:
         """The dense run: same model, data, seed and machine, its task's own schedule."""
-        config = plan.config
+        config, trained_by = plan.config, self._trained_by(plan.config)
         if self.dense:
             return {"dense": Companion(run=Path(self.dense))}
-        if config["model"].get("pretrained"):
+        if trained_by is None:
             return {}
         names = {group: config[group]["name"] for group in ("model", "data")}
-        words = [f"task={TRAINED_BY[self.spec.kind][0]}", "method=fixed", *(f"{k}={v}" for k, v in names.items())]
+        words = [f"task={trained_by}", "method=fixed", *(f"{k}={v}" for k, v in names.items())]
         data = [f"data.{key}" for key in config["data"] if key not in ("batch_size", "num_workers")]
-        change: dict[str, Any] = {"optim.lr": config["model"]["lr"]}
+        change: dict[str, Any] = {} if trained_by == HEAD_TRAINED_BY else {"optim.lr": config["model"]["lr"]}
         if self.dense_steps:
             change |= {"trainer.max_steps": self.dense_steps, "trainer.val_check_interval": None}
         take = ("model", *data, *(f"trainer.{key}" for key in TRAINER_KEYS), *SHARED)
