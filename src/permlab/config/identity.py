@@ -16,6 +16,7 @@ MACHINE_KEYS = (
     "num_threads",
     "ckpt_path",
     "figures",
+    "plan",
     "paths",
     "checkpoint",
     "logger",

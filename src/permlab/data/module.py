@@ -45,13 +45,14 @@ class DataModule(L.LightningDataModule):
         super().__init__()
         self.component, self.settings, self.seed = component, settings, seed
 
-    def _dataset(self, split: str) -> Batchable:
+    def dataset(self, split: str) -> Batchable:
+        """Samples of a split."""
         with data_errors():
             return self.component.dataset(split, self.seed)
 
     def _loader(self, split: str) -> Loader:
         trainer: Any = self.trainer
-        dataset = self._dataset(split)
+        dataset = self.dataset(split)
         with data_errors():
             return Loader(
                 Unfinished(dataset) if hasattr(dataset, "unfinished") else dataset,
@@ -86,7 +87,7 @@ class DataModule(L.LightningDataModule):
         where = getattr(self.component, "where", lambda split: "")
         parts: dict[str, list[str]] = {}
         for split in SPLITS:
-            parts.setdefault(where(split), []).append(f"{len(self._dataset(split)):,} {split}")
+            parts.setdefault(where(split), []).append(f"{len(self.dataset(split)):,} {split}")
         return "; ".join(", ".join(counts) + (f" from {place}" if place else "") for place, counts in parts.items())
 
     def load_tokenizer(self) -> Any:
@@ -110,7 +111,7 @@ class DataModule(L.LightningDataModule):
         Raises:
             ValueError: if the split is empty.
         """
-        dataset = self._dataset(split)
+        dataset = self.dataset(split)
         if len(dataset) == 0:
             raise ValueError(f"the {split} split has no samples to calibrate on")
         index = np.random.default_rng([self.seed, len(dataset)]).permutation(len(dataset))[:count]
@@ -120,7 +121,7 @@ class DataModule(L.LightningDataModule):
 
     def normalisation(self) -> dict[str, list[float]] | None:
         """Mean and deviation, `mean` and `std`, by channel that images are normalised with; None where by none."""
-        dataset: Any = self._dataset("test")
+        dataset: Any = self.dataset("test")
         mean, sd = (getattr(dataset, name, None) for name in ("mean", "sd"))
         return None if mean is None or sd is None else {"mean": list(mean), "std": list(sd)}
 
@@ -133,7 +134,7 @@ class DataModule(L.LightningDataModule):
         spec = self.component.spec()
         if spec.is_sequence:
             return None
-        dataset: Any = self._dataset("train")
+        dataset: Any = self.dataset("train")
         fetch = dataset.__getitems__
         if hasattr(dataset, "sketch"):
             limit, fetch = min(limit, 64), partial(dataset.sketch, size=min(spec.height, spec.width))

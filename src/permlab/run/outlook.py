@@ -113,10 +113,12 @@ class Outlook:
         line = f"{name}: about {duration(this)} for this training"
         if len(names) > 1:
             line += f", {duration(whole)} for the whole command"
-        if whole <= LONG_SECONDS:
-            return line
+        return line if whole <= LONG_SECONDS else f"{line}; to shorten that, {self.shorter()}"
+
+    def shorter(self) -> str:
+        """What to change where the command takes too long."""
         keys = dict.fromkeys(training.shorten for training in self.trainings if training.num_steps != 0)
-        return f"{line}; to shorten that, change {', '.join(keys) or self._key}, or take a smaller model"
+        return f"change {', '.join(keys) or self._key}, or take a smaller model"
 
 
 def announce_jobs(plans: Iterable[Plan | None]) -> str:
