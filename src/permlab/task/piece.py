@@ -29,9 +29,9 @@ class Piece:
     Args:
         name: what the part is called.
         times: how many pieces as large as the one that is tried; a fraction for a last one that is smaller.
-        make: makes one, in memory alone.
+        make: makes one, in memory alone; or the seconds that one takes, where they are known.
     """
 
     name: str
     times: float
-    make: Callable[[], object]
+    make: Callable[[], object] | float
