@@ -38,8 +38,8 @@ def table(plan: Plan, outlook: Outlook, projections: Sequence[Projection], start
     ]
     lines += ["", *aligned([_GPU_HEAD, *(_gpu_row(gpu, projections) for gpu in GPUS)])]
     lines += [
-        f"assumed there: {FLOAT_UTILISATION:.0%} of the published float32 speed, {HALF_UTILISATION:.0%} of that of tensor "
-        f"cores, {LAUNCH_SECONDS * 1e6:.0f} us for each call; what is no step or test takes as long as here",
+        f"assumed there: {FLOAT_UTILISATION:.0%} of the published float32 speed, {HALF_UTILISATION:.0%} of that of "
+        f"tensor cores, {LAUNCH_SECONDS * 1e6:.0f} us for each call; what is no step or test takes as long as here",
         f"not counted in FLOPs: {NOT_COUNTED}",
     ]
     missing = dict.fromkeys(what for p in projections for what in p.not_measured)

@@ -2,7 +2,6 @@
 
 import math
 import resource
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from permlab.record.provenance import peak_memory_mib
 from permlab.run.assembly import Assembly, assemble
 from permlab.run.count import Count, counting
 from permlab.run.trainer import make_trainer, quiet_lightning, set_threads, trainer_arguments
+from permlab.task import piece
 from permlab.task.learner import Learner
 from permlab.task.piece import Amounts
 
@@ -123,7 +123,7 @@ class _Watch(L.Callback):
         self._counting.close()
         if trainer.global_step == self._made:
             return  # gradients are being accumulated
-        self._made, now = trainer.global_step, time.perf_counter()
+        self._made, now = trainer.global_step, piece.clock()
         self._seconds, self._began = now - self._began, now
         turn = next(self._script, None)
         trainer.should_stop = turn is None
@@ -182,9 +182,7 @@ def rehearse(plan: Plan, batch_size: int) -> Rehearsal:
     trainer = make_trainer(**trainer_arguments(plan) | IN_MEMORY | _where(plan))
     found = Rehearsal(batch_size, parameters=_parameters(parts))
     learner.to(trainer.strategy.root_device)
-    began = time.perf_counter()
-    learner.rehearse(parts.data)
-    found.pieces["preparation"] = (time.perf_counter() - began, 0, 1.0)
+    found.pieces["preparation"] = (piece.timed(lambda: learner.rehearse(parts.data)), 0, 1.0)
     L.seed_everything(plan.config["seed"], verbose=False)
     if learner.learns and often.steps:
         phases, found.shares = phases_of(parts.method, often.steps)
@@ -194,8 +192,8 @@ def rehearse(plan: Plan, batch_size: int) -> Rehearsal:
         found.steps = watch.steps
     optimizers = trainer.optimizers if found.steps else []
     learner.to(trainer.strategy.root_device)
-    for piece in learner.pieces(parts.data, often):
-        found.pieces[piece.name] = (*_try(piece.make), piece.times) if piece.times else (0.0, 0, 0.0)
+    for part in learner.pieces(parts.data, often):
+        found.pieces[part.name] = (*_try(part.make), part.times) if part.times else (0.0, 0, 0.0)
     found.bytes = {"process": process + LATER_BYTES, **_bytes(learner, optimizers, found), **learner.holds()}
     return found
 
@@ -225,19 +223,13 @@ def _try(make: Callable[[], object] | float) -> tuple[float, int]:
     if isinstance(make, float):
         return make, 0
     with counting() as count:
-        seconds = _timed(make)
+        seconds = piece.timed(make)
     if seconds < TRIED_SECONDS:
         times = []
         while len(times) < 2 or (sum(times) < TRIED_SECONDS / 3 and len(times) < MAX_TRIED):
-            times.append(_timed(make))
+            times.append(piece.timed(make))
         seconds = float(median(times))
     return seconds, count.total
-
-
-def _timed(make: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    make()
-    return time.perf_counter() - began
 
 
 def _bytes(learner: Learner, optimizers: list[torch.optim.Optimizer], found: Rehearsal) -> dict[str, int]:

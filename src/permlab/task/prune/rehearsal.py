@@ -1,6 +1,5 @@
 """A pruning tried on few samples: what it does beside its steps, each part once, and what it holds."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from permlab.data.module import DataModule
+from permlab.task import piece
 from permlab.task.piece import Amounts, Piece
 
 if TYPE_CHECKING:
@@ -45,10 +45,7 @@ class Rehearsal:
         inputs = learner._shorten(batch)[0].to(learner.device)
         learner.reading.eval()
         for _ in range(2):  # the first sets everything up
-            began = time.perf_counter()
-            with torch.no_grad():
-                learner.reading(inputs)
-            self.batch_seconds = time.perf_counter() - began
+            self.batch_seconds = piece.timed(lambda: torch.no_grad()(learner.reading)(inputs))
         num_batches = -(-min(wanted, len(data.dataset("train"))) // len(inputs))
         num_tried = num_batches if PASSES * num_batches * self.batch_seconds <= CALIBRATION_SECONDS else 1
         self.scale, self.num_left = num_batches / num_tried, num_batches - num_tried
@@ -77,9 +74,7 @@ class Rehearsal:
         layers = more[0] if more else self.learner.layers[name]
         shape = layers.items.shape[0], layers.items.shape[1]
         if shape not in self.searches and self._expected(shape) <= SEARCH_SECONDS:
-            began = time.perf_counter()
-            search(name, *more)
-            self.searches[shape] = time.perf_counter() - began
+            self.searches[shape] = piece.timed(lambda: search(name, *more))
             return
         self.skipped[shape] = self.skipped.get(shape, 0) + 1
         self.learner.method.set_features(name, layers.features())
