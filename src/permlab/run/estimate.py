@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,8 @@ from permlab.config.build import build
 from permlab.config.plan import Plan
 from permlab.model.base import Backbone
 from permlab.ops.cost import listening
+from permlab.record.pulse import duration, say
+from permlab.run.outlook import LONG_SECONDS, Outlook, Training
 
 # Part of a large matrix product's speed that training reaches, roughly.
 UTILISATION = 0.6
@@ -22,7 +25,7 @@ UTILISATION = 0.6
 CALL_SECONDS = 8e-6
 # A forward pass and its gradients: those of a product are two products.
 WITH_GRADIENTS = 3
-MATMUL_SIZE, MATMUL_SECONDS = 1024, 0.3
+MATMUL_SIZE, MATMUL_SECONDS = 1024, 0.1
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,13 @@ def _num_operations(model: torch.nn.Module) -> int:
 
 
 @cache
-def matmul_speed(device: str = "cpu", num_threads: int | None = None) -> float:
-    """Floating-point operations in a second of float32 matrix products here, the fastest of a few.
+def matmul_speed(device: str, dtype: torch.dtype, num_threads: int) -> float:
+    """Floating-point operations in a second of matrix products here, the fastest of a few.
 
     Args:
         num_threads: that torch uses, by which the answer is kept.
     """
-    left, right = (torch.ones(MATMUL_SIZE, MATMUL_SIZE, device=device) for _ in range(2))
+    left, right = (torch.ones(MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=dtype) for _ in range(2))
     began, best = time.perf_counter(), 0.0
     while time.perf_counter() - began < MATMUL_SECONDS or not best:
         start = time.perf_counter()
@@ -99,26 +102,46 @@ def matmul_speed(device: str = "cpu", num_threads: int | None = None) -> float:
     return best
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Seconds of a training, by its backbone's operations alone.
+def passes_seconds(shape: Shape, num_samples: int, passes: float, speed: float) -> float:
+    """Seconds of passes over so many samples at once, a gradient's counted as two.
 
     Args:
-        step: of an optimiser step.
-        num_steps: of them.
-        beside: of validations and tests.
+        speed: of matrix products.
     """
-
-    step: float
-    num_steps: int
-    beside: float
-
-    @property
-    def seconds(self) -> float:
-        return self.step * self.num_steps + self.beside
+    return passes * max(num_samples * shape.flops / (UTILISATION * speed), CALL_SECONDS * shape.num_operations)
 
 
-def passes_seconds(shape: Shape, num_samples: int, passes: float) -> float:
-    """Seconds of passes over so many samples at once, a gradient's counted as two."""
-    speed = UTILISATION * matmul_speed(num_threads=torch.get_num_threads())
-    return passes * max(num_samples * shape.flops / speed, CALL_SECONDS * shape.num_operations)
+def step_seconds(training: Training) -> float:
+    """Seconds of an optimiser step, by its backbone's operations alone."""
+    config = training.plan.config
+    samples = config["data"]["batch_size"]
+    passes = WITH_GRADIENTS * training.plan.task.effort
+    return config["trainer"]["accumulate_grad_batches"] * passes_seconds(
+        shape_of(training.plan), samples, passes, speed_of(config["trainer"])
+    )
+
+
+def speed_of(trainer: Mapping[str, Any]) -> float:
+    """Speed of matrix products where this trainer computes, in the precision that it asks for."""
+    on_gpu = trainer["accelerator"] != "cpu" and torch.cuda.is_available()
+    half = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(trainer["precision"]).partition("-")[0])
+    return matmul_speed("cuda" if on_gpu else "cpu", half or torch.float32, torch.get_num_threads())
+
+
+def foretold(plan: Plan) -> Outlook:
+    """The outlook of a run that begins, which from now on weighs trainings by their operations.
+
+    Says a line where these alone take more than an hour here.
+    """
+    outlook = Outlook(plan)
+    try:
+        seconds = sum(step_seconds(training) * (training.num_steps or 0) for training in outlook.trainings)
+    except Exception:  # whatever a backbone does without numbers: the run itself will say what is wrong, if anything is
+        return outlook
+    outlook.step_cost = step_seconds
+    if seconds > LONG_SECONDS:
+        say(
+            f"about {duration(seconds)} here for the whole command, by the speed of a matrix product (plan=true tells "
+            f"more); to shorten that, {outlook.shorter()}"
+        )
+    return outlook

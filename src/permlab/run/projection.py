@@ -1,12 +1,13 @@
 """What a command would take, without carrying it out: operations, memory and time of every training it makes."""
 
+import gc
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from permlab.config.plan import Plan
-from permlab.run.estimate import WITH_GRADIENTS, Shape, passes_seconds, shape_of
+from permlab.run.estimate import WITH_GRADIENTS, Shape, passes_seconds, shape_of, speed_of
 from permlab.run.outlook import Training
 from permlab.run.rehearsal import Rehearsal, amounts, rehearse, resident_bytes
 
@@ -14,6 +15,8 @@ from permlab.run.rehearsal import Rehearsal, amounts, rehearse, resident_bytes
 STEP_SECONDS, SAMPLE_SECONDS = 4.0, 20.0
 # Float32 weights, gradients, and two moments of the optimiser.
 COPIES = 4
+# What a process takes more once kernels are compiled, and what logs and draws has come to work.
+LATER_BYTES = 230 * 2**20
 # Settings of a configuration on which neither time nor memory depends.
 WITHOUT_COST = ("seed", "force", "plan", "paths", "debug", "ckpt_path", "logger", "optim")
 
@@ -77,12 +80,14 @@ def project(trainings: Iterable[Training], *, imports: float = 0.0) -> list[Proj
         ConfigError: if a component refuses its values.
     """
     tried: dict[str, Projection] = {}
-    found = []
+    found, process = [], resident_bytes() + LATER_BYTES
     for training in trainings:
         key = _costs(training.plan)
         if key not in tried:
             tried[key] = _project(training, imports)
-        found.append(Projection(**{**vars(tried[key]), "name": training.name}))
+            tried[key].bytes["process"] = process
+        found.append(replace(tried[key], name=training.name))
+        gc.collect()
     return found
 
 
@@ -100,20 +105,20 @@ def _project(training: Training, imports: float) -> Projection:
     if size == 0:
         return _by_products(training, shape, imports)
     tried = [rehearse(plan, size)]
-    if 1 < size < batch_size:
+    if size < batch_size:
         tried.append(rehearse(plan, size // 2))
     return _by_steps(training, shape, tried, imports)
 
 
 def tried_samples(shape: Shape, plan: Plan) -> int:
     """Samples of the steps that are tried: the whole batch, where that is quick and fits; 0 for none."""
-    passes = WITH_GRADIENTS * plan.task.effort
-    seconds = passes_seconds(shape, 1, passes)
+    passes, speed = WITH_GRADIENTS * plan.task.effort, speed_of(plan.config["trainer"])
+    seconds = passes_seconds(shape, 1, passes, speed)
     if seconds > SAMPLE_SECONDS or COPIES * 4 * shape.num_parameters > available_bytes():
         return 0
     batch_size = plan.config["data"]["batch_size"]
-    whole = passes_seconds(shape, batch_size, passes)
-    return batch_size if whole <= STEP_SECONDS else max(1, int(batch_size * STEP_SECONDS / whole))
+    whole = passes_seconds(shape, batch_size, passes, speed)
+    return batch_size if whole <= STEP_SECONDS else min(batch_size, max(2, int(batch_size * STEP_SECONDS / whole)))
 
 
 def available_bytes() -> float:
@@ -166,12 +171,10 @@ def _steps(plan: Plan) -> int:
 
 
 def _at(batch_size: int, points: list[tuple[int, float]]) -> float:
-    """A cost at a size of batch: on the line through two sizes; in proportion where there is one, and it is smaller."""
+    """A cost at a size of batch: that of the one, or on the line through two."""
     size, value = points[0]
-    if size == batch_size:
-        return value
     if len(points) == 1:
-        return value * batch_size / size
+        return value
     slope = max(0.0, (value - points[1][1]) / (size - points[1][0]))
     return value + slope * (batch_size - size)
 
@@ -184,13 +187,13 @@ def _by_products(training: Training, shape: Shape, imports: float) -> Projection
     often = amounts(plan, DataModule(plan.data, plan.config["data"], plan.task.data_seed(plan)))
     trainer, batch_size = plan.config["trainer"], plan.config["data"]["batch_size"]
     samples = batch_size * trainer["accumulate_grad_batches"]
-    passes = WITH_GRADIENTS * plan.task.effort
+    passes, speed = WITH_GRADIENTS * plan.task.effort, speed_of(trainer)
     flops = passes * samples * shape.flops
-    parts = [Part("training", often.steps * passes_seconds(shape, samples, passes), often.steps * flops)]
+    parts = [Part("training", often.steps * passes_seconds(shape, samples, passes, speed), often.steps * flops)]
     for name, times in (("validation", often.validations * often.val_batches), ("test", often.test_batches)):
-        parts.append(Part(name, times * passes_seconds(shape, batch_size, 1), times * batch_size * shape.flops))
+        parts.append(Part(name, times * passes_seconds(shape, batch_size, 1, speed), times * batch_size * shape.flops))
     size = 4 * shape.num_parameters
-    kinds = {"process": resident_bytes(), "weights": size, "gradients": size, "optimiser state": 2 * size}
+    kinds = {"weights": size, "gradients": size, "optimiser state": 2 * size}
     return Projection(
         training.name,
         often.steps,

@@ -31,7 +31,7 @@ def table(plan: Plan, outlook: Outlook, projections: Sequence[Projection], start
     lines += [
         f"whole command: {duration(seconds)} here, {duration(start)} of them to start; up to {megabytes(peak.memory)}"
     ]
-    lines += [f"measured by: {how}" for how in dict.fromkeys(f"{p.how} ({p.name})" for p in projections)][:4]
+    lines.append(f"measured by: {_measured_by(projections)}")
     lines += ["", *(_parts(p) for p in _largest(projections))]
     lines += [
         f"memory of {peak.name}: " + ", ".join(f"{name} {megabytes(size)}" for name, size in _sorted(peak) if size)
@@ -51,6 +51,13 @@ def table(plan: Plan, outlook: Outlook, projections: Sequence[Projection], start
 
 _HEAD = ("training", "steps", "batch", "items", "parameters", "learned", "FLOPs/step", "FLOPs", "time here", "memory")
 _GPU_HEAD = ("GPU", "memory", "float32", "16 bit")
+
+
+def _measured_by(projections: Sequence[Projection]) -> str:
+    named: dict[str, list[str]] = {}
+    for projection in projections:
+        named.setdefault(projection.how, []).append(projection.name)
+    return "; ".join(f"{how} ({', '.join(names)})" for how, names in named.items())
 
 
 def _row(projection: Projection) -> tuple[str, ...]:

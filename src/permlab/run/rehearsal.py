@@ -27,8 +27,6 @@ from permlab.task.piece import Amounts
 TRIED_SECONDS, MAX_TRIED = 1.5, 30
 # Phases that make up a smaller part of a training are taken to cost what the others do.
 SMALL_PART = 0.02
-# What a process takes more once kernels are compiled, and what logs and draws has come to work.
-LATER_BYTES = 230 * 2**20
 # Where a training's own trainer cannot be had here, or would write.
 IN_MEMORY: dict[str, Any] = {
     **{"limit_val_batches": 0, "enable_progress_bar": False, "enable_checkpointing": False, "logger": False},
@@ -175,7 +173,6 @@ def rehearse(plan: Plan, batch_size: int) -> Rehearsal:
         ConfigError: if a component refuses its values.
     """
     quiet_lightning()
-    process = resident_bytes()
     parts = _assemble(plan, batch_size)
     learner, often = parts.learner, amounts(plan, parts.data)
     set_threads(plan, parts.model)
@@ -194,7 +191,7 @@ def rehearse(plan: Plan, batch_size: int) -> Rehearsal:
     learner.to(trainer.strategy.root_device)
     for part in learner.pieces(parts.data, often):
         found.pieces[part.name] = (*_try(part.make), part.times) if part.times else (0.0, 0, 0.0)
-    found.bytes = {"process": process + LATER_BYTES, **_bytes(learner, optimizers, found), **learner.holds()}
+    found.bytes = {**_bytes(learner, optimizers, found), **learner.holds()}
     return found
 
 
