@@ -6,6 +6,7 @@ not to be finished. Bad input of any kind is one line on stderr.
 
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,6 +115,8 @@ def _multirun(name: str, words: Sequence[str]) -> int:
 
 
 def _train(plan: Plan) -> int:
+    if plan.config["plan"]:
+        return _project(plan)
     check_machine(plan.config)
     if is_done(plan.directory) and not plan.is_forced:
         from permlab.study.report import print_report
@@ -127,6 +130,18 @@ def _train(plan: Plan) -> int:
     from permlab.run.story import train
 
     train(plan)
+    return 0
+
+
+def _project(plan: Plan) -> int:
+    """Print what the command takes, and run nothing."""
+    outlook, began = Outlook(plan), time.monotonic()
+    from permlab.run.projection import project
+    from permlab.run.projection_table import as_json, table
+
+    imports = time.monotonic() - began
+    show = as_json if plan.config["plan"] == "json" else table
+    print(show(plan, outlook, project(outlook.trainings, imports=imports), imports))
     return 0
 
 

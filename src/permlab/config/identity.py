@@ -17,6 +17,7 @@ MACHINE_KEYS = (
     "num_threads",
     "ckpt_path",
     "figures",
+    "plan",
     "paths",
     "checkpoint",
     "logger",

@@ -154,6 +154,7 @@ class RootKeys:
     num_threads: PositiveInt | None
     ckpt_path: Verbatim | None
     figures: Annotated[bool, AddedLater(True)]
+    plan: Annotated[bool | Literal["json"], AddedLater(False)]
     debug: Annotated[str | None, AddedLater(None)] = None  # so no debugging run passes for the run that it debugs
 
 

@@ -63,12 +63,13 @@ class DataModule(L.LightningDataModule):
         self.component, self.settings, self.seed = component, settings, seed
         self._kept: dict[str, Batchable] = {}
 
-    def _dataset(self, split: str) -> Batchable:
+    def dataset(self, split: str) -> Batchable:
+        """Samples of a split."""
         with data_errors():
             return self.component.dataset(split, self.seed)
 
     def _read(self, split: str) -> Batchable:
-        return self._kept[split] if split in self._kept else self._dataset(split)
+        return self._kept[split] if split in self._kept else self.dataset(split)
 
     @property
     def augments(self) -> bool:
@@ -81,7 +82,7 @@ class DataModule(L.LightningDataModule):
 
     def drawn(self, split: str, count: int | None) -> Batchable:
         """A split, or so many samples of it in its order, drawn by the seed."""
-        dataset = self._dataset(split)
+        dataset = self.dataset(split)
         if count is None or count >= len(dataset):
             return dataset
         return Part(dataset, np.sort(self._shuffled(len(dataset))[:count]))
@@ -131,7 +132,7 @@ class DataModule(L.LightningDataModule):
         where = getattr(self.component, "where", lambda split: "")
         parts: dict[str, list[str]] = {}
         for split in SPLITS:
-            parts.setdefault(where(split), []).append(f"{len(self._dataset(split)):,} {split}")
+            parts.setdefault(where(split), []).append(f"{len(self.dataset(split)):,} {split}")
         return "; ".join(", ".join(counts) + (f" from {place}" if place else "") for place, counts in parts.items())
 
     def load_tokenizer(self) -> Any:
@@ -155,7 +156,7 @@ class DataModule(L.LightningDataModule):
         Raises:
             ValueError: if the split is empty.
         """
-        dataset = self._dataset(split)
+        dataset = self.dataset(split)
         if len(dataset) == 0:
             raise ValueError(f"the {split} split has no samples to calibrate on")
         index = self._shuffled(len(dataset))[:count]
@@ -165,7 +166,7 @@ class DataModule(L.LightningDataModule):
 
     def normalisation(self) -> dict[str, list[float]] | None:
         """Mean and deviation, `mean` and `std`, by channel that images are normalised with; None where by none."""
-        dataset: Any = self._dataset("test")
+        dataset: Any = self.dataset("test")
         mean, sd = (getattr(dataset, name, None) for name in ("mean", "sd"))
         return None if mean is None or sd is None else {"mean": list(mean), "std": list(sd)}
 
@@ -178,7 +179,7 @@ class DataModule(L.LightningDataModule):
         spec = self.component.spec()
         if spec.is_sequence:
             return None
-        dataset: Any = self._dataset("train")
+        dataset: Any = self.dataset("train")
         fetch = dataset.__getitems__
         if hasattr(dataset, "sketch"):
             limit, fetch = min(limit, 64), partial(dataset.sketch, size=min(spec.height, spec.width))

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from permlab.ops.threads import is_traced, run_tasks
+from permlab.ops.cost import note
+from permlab.ops.threads import is_stand_in, is_traced, run_tasks
 
 BACKENDS = ("auto", "numba", "torch", "cuda")
 
@@ -127,6 +128,7 @@ def selective_scan(
     given = dict(zip(_NAMES, (u, delta, A, B, C, D, z, delta_bias, initial_state), strict=True))
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     _check_tensors(tensors)
+    note("selective_scan", num_flops(u.shape, A.shape[1]), *tensors.values())
     chosen = _choose(backend, tensors, return_last_state)
     if chosen == "cuda":
         return _scan_cuda(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
@@ -135,9 +137,24 @@ def selective_scan(
     inputs: list[Any] = [
         None if x is None else x.to(dtype) for x in (u, delta, A, B, C, D, z, delta_bias, initial_state)
     ]
-    scan = _scan_numba if chosen == "numba" else _scan_torch
+    scan = _scan_torch if chosen == "torch" else _scan_numba
     y, state = scan(*inputs, delta_softplus=delta_softplus, return_last_state=return_last_state)
     return (y.to(u.dtype), state) if return_last_state else y.to(u.dtype)
+
+
+def num_flops(shape: Sequence[int], num_states: int) -> int:
+    """Operations of a forward scan: 7 for each state of a token and channel, and 9 beside them.
+
+    For a state they are dt A and its exponential, B times what enters, the recurrence's product and sum, and the
+    product and sum of the reading out; beside them softplus and bias of the step size, dt u, direct path and gate.
+
+    Shapes:
+        shape: `[b, d, l]` of what is scanned.
+    Example:
+        >>> num_flops((1, 2, 3), 4)
+        222
+    """
+    return math.prod(shape) * (7 * num_states + 9)
 
 
 _NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
@@ -180,6 +197,8 @@ def _choose(backend: str, tensors: dict[str, Tensor], return_last_state: bool) -
         raise ValueError(f"backend={backend!r} is none of {', '.join(BACKENDS)}")
     if backend == "torch":
         return backend
+    if is_stand_in(tensors["u"]):
+        return "stand-in"  # of the size of what `numba` gives and keeps, at once
     return next((name for name, refusal in refusals.items() if refusal(tensors) is None), "torch")
 
 
@@ -209,6 +228,8 @@ class _NumbaScan(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("backend='numba' has no second derivatives; with create_graph=True use backend='torch'")
         *inputs, checkpoints = ctx.saved_tensors
+        if is_stand_in(inputs[0]):
+            return None, None, *map(torch.empty_like, inputs)
         grad = torch.zeros_like(inputs[0]) if grad is None else grad
         grad_last = grad.new_empty(0, 0, 0) if grad_last is None else grad_last
         return None, None, *_backward_numba(inputs, ctx.delta_softplus, checkpoints, grad, grad_last)
@@ -256,17 +277,22 @@ def _forward_numba(
     """The result, the last state if it is wanted, and the state before every chunk if those are to be kept."""
     from permlab.ops.selective_scan_kernel import compiled
 
-    arrays = [tensor.detach().numpy() for tensor in inputs]
-    u, num_states, num_groups = arrays[0], arrays[2].shape[1], _num_groups(arrays)
+    u, num_states, num_groups = inputs[0], inputs[2].shape[1], _num_groups(inputs)
     b, num_channels, num_tokens = u.shape
     per_group = num_channels // num_groups
     lanes, size = 64 if per_group > 32 else 32, _chunk_size(num_tokens, num_states)
     num_blocks, num_checkpoints = num_groups * -(-per_group // lanes), -(-num_tokens // size) if keep else 0
-    y, last = np.empty_like(u), np.empty((b, num_channels, num_states) if with_last else (0, 0, 0), u.dtype)
-    checkpoints = np.empty((b, num_blocks, num_checkpoints, num_states, lanes), u.dtype)
-    forward, _ = compiled(u.dtype, _by_channel(arrays))
+    shapes = (
+        (b, num_channels, num_states) if with_last else (0, 0, 0),
+        (b, num_blocks, num_checkpoints, num_states, lanes),
+    )
+    if is_stand_in(u):
+        return torch.empty_like(u), u.new_empty(shapes[0]), u.new_empty(shapes[1])
+    arrays = [tensor.detach().numpy() for tensor in inputs]
+    y, (last, checkpoints) = np.empty_like(arrays[0]), (np.empty(shape, arrays[0].dtype) for shape in shapes)
+    forward, _ = compiled(y.dtype, _by_channel(arrays))
     results = (softplus, num_groups, y, last, checkpoints, size)
-    run_tasks(forward, b * num_blocks, u.size * num_states, *arrays, *results)
+    run_tasks(forward, b * num_blocks, y.size * num_states, *arrays, *results)
     return torch.from_numpy(y), torch.from_numpy(last), torch.from_numpy(checkpoints)
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from permlab.ops.cost import note
 from permlab.ops.schedule import check_temperature
 from permlab.ops.threads import as_batch, is_readable, run_together
 
@@ -56,6 +57,8 @@ def sinkhorn(log_scores: Float[Tensor, "*b n n"], *, temperature: float, num_ite
     check_temperature(temperature)
     if num_iters < 1:
         raise ValueError(f"num_iters={num_iters} is below 1")
+    # An exponential for each entry, and for each of its two normalisations in a sweep a product and a sum.
+    note("sinkhorn", log_scores.numel() * (1 + 4 * num_iters), log_scores)
     wide = log_scores.to(torch.promote_types(log_scores.dtype, torch.float32))
     if is_readable(wide):
         return _CompiledSinkhorn.apply(wide, temperature, num_iters).to(log_scores.dtype)

@@ -21,6 +21,11 @@ def is_readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not is_traced() and type(tensor) in (Tensor, nn.Parameter)
 
 
+def is_stand_in(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no numbers, as when a computation is only counted."""
+    return tensor.device.type == "meta"
+
+
 def is_traced() -> bool:
     """Whether torch.compile or torch.func is at work: their tensors have no memory to point a kernel at."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

@@ -1,7 +1,7 @@
 """What a command is going to train, and how long that takes here: said before anything slow. Nothing imports torch."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -73,6 +73,8 @@ class Outlook:
         self.plan = plan
         self._began = time.monotonic()
         self._key = "trainer.max_steps" if plan.config["trainer"]["max_steps"] > 0 else "trainer.max_epochs"
+        # Of a step of a training, in whatever unit they share; `permlab.run.estimate` puts seconds in its place.
+        self.step_cost: Callable[[Training], float] = lambda training: training.effort
         self._on = f"on {plan.config['data']['name']} with {plan.config['model']['name']}"
 
     @cached_property
@@ -109,14 +111,16 @@ class Outlook:
         whole = time.monotonic() - self._began + this
         for training in self.trainings[here + 1 :]:
             steps = num_left if training.num_steps is None else training.num_steps
-            whole += steps * seconds_per_step * training.effort / self.trainings[here].effort
+            whole += steps * seconds_per_step * self.step_cost(training) / self.step_cost(self.trainings[here])
         line = f"{name}: about {duration(this)} for this training"
         if len(names) > 1:
             line += f", {duration(whole)} for the whole command"
-        if whole <= LONG_SECONDS:
-            return line
+        return line if whole <= LONG_SECONDS else f"{line}; to shorten that, {self.shorter()}"
+
+    def shorter(self) -> str:
+        """What to change where the command takes too long."""
         keys = dict.fromkeys(training.shorten for training in self.trainings if training.num_steps != 0)
-        return f"{line}; to shorten that, change {', '.join(keys) or self._key}, or take a smaller model"
+        return f"change {', '.join(keys) or self._key}, or take a smaller model"
 
 
 def announce_jobs(plans: Iterable[Plan | None]) -> str:

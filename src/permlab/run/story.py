@@ -36,6 +36,7 @@ from permlab.record.stored import read_arrays
 from permlab.run import trainer as lightning
 from permlab.run.assembly import Assembly, assemble, opening, place
 from permlab.run.companion import companion_plan, keep_beside, shared
+from permlab.run.estimate import foretold
 from permlab.run.outlook import Outlook, name_of
 from permlab.study.report import print_report
 from permlab.task.guard import NonFiniteGuard
@@ -51,7 +52,7 @@ def train(plan: Plan) -> Summary:
         NonFiniteError, WriteError, RankError, Interrupted: after the last good state was kept.
     """
     with stop_on_signals():
-        summary = run_once(plan, announce=True)
+        summary = run_once(plan, foretold(plan), announce=True)
     if is_rank_zero():
         print_report(plan, summary)
     return summary
@@ -83,8 +84,8 @@ def run_once(plan: Plan, outlook: Outlook | None = None, name: str = "", *, anno
             return read_summary(run_dir)  # by the one that was waited for
         if plan.is_forced:
             clear_run(run_dir)
-        device = device_name(plan.config["trainer"]["accelerator"])
-        start_run(run_dir, plan.config, device=device, command=None if announce else command(plan.config))
+        where = {"device": device_name(plan.config["trainer"]["accelerator"])}
+        start_run(run_dir, plan.config, **where, command=None if announce else command(plan.config))
         if announce:
             say(opening(plan, parts))
         try:
@@ -157,10 +158,9 @@ def _fit_and_finish(plan: Plan, parts: Assembly, before: Mapping[str, Path], dis
     saving = lightning.make_saving(plan)
     logger = lightning.make_logger(plan)
     trainer = lightning.training_trainer(plan, parts, logger, saving, display)
+    learner.guard = NonFiniteGuard(**{key: plan.config["trainer"][key] for key in ("on_nonfinite", "max_skips")})
     with end_ranks(trainer):
         learner.to(trainer.strategy.root_device)
-        settings = plan.config["trainer"]
-        learner.guard = NonFiniteGuard(on_nonfinite=settings["on_nonfinite"], max_skips=settings["max_skips"])
         with Pulse("preparation"):
             learner.prepare(parts.data, before)
         L.seed_everything(plan.config["seed"], verbose=False)

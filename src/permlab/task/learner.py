@@ -1,7 +1,8 @@
 """How a task is trained: noise, one optimiser, clipping per group, and stopping at the first NaN."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from permlab.model.base import Backbone
 from permlab.permutation import PermutationSample
 from permlab.task.guard import LAST_GOOD, RATES, REMEDY, NonFiniteGuard, first_bad, first_bad_gradient, remedy
 from permlab.task.optim import build_optimizer
+from permlab.task.piece import Amounts, Piece
 from permlab.task.place import at_items
 from permlab.task.score import Scores
 from permlab.task.task import Task
@@ -155,6 +157,37 @@ class Learner(L.LightningModule):
     def tested(self) -> Parts:
         """Parts of `checkpoints/best.ckpt` that testing needs, each with its prefix there."""
         return ("model", self.model), ("method", self.method)
+
+    # What a run takes, tried on a few steps in memory before there is any
+
+    def rehearse(self, data: DataModule) -> None:
+        """Make ready for a few steps whose time and memory are measured, without the runs before.
+
+        What `prepare` does, or as much of it as a step needs where the rest is among the pieces.
+        """
+        self.prepare(data, {})
+
+    def pieces(self, data: DataModule, amounts: Amounts) -> Iterator[Piece]:
+        """What a run does beside its training steps; each is tried once it was made ready by `rehearse`."""
+        for split, times in (("val", amounts.validations * amounts.val_batches), ("test", amounts.test_batches)):
+            batches = _endless(data.val_dataloader() if split == "val" else data.test_dataloader())
+            yield Piece({"val": "validation"}.get(split, split), times, partial(self._try, split, batches, data))
+        items = self._items_of(next(iter(data.val_dataloader())), data) if self.method.needs_items else None
+        yield Piece("statistics", amounts.logged, lambda: self.method.statistics(items))
+
+    @torch.no_grad()
+    def _try(self, split: str, batches: Iterator[Any], data: DataModule) -> None:
+        self.eval()
+        inputs, targets = (part.to(self.device) for part in data.on_after_batch_transfer(next(batches), 0))
+        self._evaluate(split, (inputs, targets))
+
+    @torch.no_grad()
+    def _items_of(self, batch: Any, data: DataModule) -> Tensor:
+        return self.model.embed(data.on_after_batch_transfer(batch, 0)[0].to(self.device))
+
+    def holds(self) -> dict[str, int]:
+        """Bytes that are kept from `prepare` to the end beside weights and what training needs, by what they are."""
+        return {}
 
     # Evaluation
 
@@ -389,3 +422,8 @@ class Learner(L.LightningModule):
             self._all_but_method(), self.method, self.optim, num_steps=self.num_steps
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _endless(loader: Any) -> Iterator[Any]:
+    while True:
+        yield from loader

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ from permlab.sparsity.quality import efficacy_of_sums
 from permlab.sparsity.site import block_names
 from permlab.task.learner import Learner, Parts, Result, Summary
 from permlab.task.metric import PERPLEXITY
+from permlab.task.piece import Amounts, Piece
 from permlab.task.prune.exporting import export_run
 from permlab.task.prune.losses import distance, divergence
 from permlab.task.prune.reading import Reading, ReadOrder, read_item_order
+from permlab.task.prune.rehearsal import Rehearsal
 from permlab.task.prune.sites import at_sites
 from permlab.task.prune.task import Prune
 from permlab.task.score import ImageScores, Scores, TextScores, cross_entropy
@@ -269,6 +272,19 @@ class PruneLearner(Learner):
                 advantage = self.method[name].advantage(reward.view(sample.log_prob.shape))
                 terms.append(-(advantage * sample.log_prob).mean())
         return torch.stack(terms).sum() if terms else 0.0
+
+    # What a run takes
+
+    def rehearse(self, data: DataModule) -> None:
+        self._rehearsal = Rehearsal(self)
+        self._rehearsal.prepare(data)
+
+    def pieces(self, data: DataModule, amounts: Amounts) -> Iterator[Piece]:
+        yield from super().pieces(data, replace(amounts, test_batches=3 * amounts.test_batches))
+        yield from self._rehearsal.pieces(amounts)
+
+    def holds(self) -> dict[str, int]:
+        return self._rehearsal.holds()
 
     # Checkpoints of the training hold what learns
 
