@@ -416,7 +416,7 @@ class PruneLearner(Learner):
         self._bring_layers()
         starts, learned, keep = self.method.bases(), self._orders(), self.masks.keep()
         if keep:
-            orders, polished = learned, []
+            orders, polished = learned, list[float]()
             losses = [self.calibration_loss(self._pruned_values(*pair)) for pair in ((starts, None), (learned, keep))]
         else:
             orders, losses, polished = self._finished_orders()

@@ -32,6 +32,7 @@ class Masks(nn.Module):
     """
 
     lr: float = 0.0
+    is_settled: Tensor
 
     def __init__(self, task: Prune, shapes: Mapping[str, tuple[int, int]]) -> None:
         super().__init__()
