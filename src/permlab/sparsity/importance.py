@@ -137,6 +137,7 @@ def sparsegpt(
     m: int,
     order: Int64[Tensor, " i"] | None = None,
     damping: float = 0.01,
+    mask: Bool[Tensor, "o i"] | None = None,
 ) -> tuple[Float[Tensor, "o i"], Bool[Tensor, "o i"]]:
     """Prune a layer to n of every m channels and adjust what is kept to what is removed.
 
@@ -145,6 +146,7 @@ def sparsegpt(
     hands its share of the output to the channels of its row that are still to come.
 
     Channels that calibration never saw are dropped before all others; those kept keep their weight.
+    With a mask nothing is chosen: what it drops is dropped, and handed on in the same way.
 
     Shapes:
         o: outputs.  i: input channels, a multiple of m.
@@ -155,16 +157,17 @@ def sparsegpt(
         m: consecutive channels, in the given order, that are pruned together.
         order: gather indices of the channels: the groups are `W[:, order]`'s; None for as they are.
         damping: added to the Hessian's diagonal, in units of its mean; at least 0.
+        mask: what to keep, columns in their original order; n of every m in the given order, or fewer.
     Returns:
         The new weight and the bool mask of what it keeps, both with columns in their original
         order, on the device of the weight; the weight has its dtype. Computed in float32 at least.
     Raises:
-        ValueError: as for `saliency`, and if n and m are no pattern for the weight's width or
-            the order is no permutation of it.
+        ValueError: as for `saliency`, and if n and m are no pattern for the weight's width,
+            the order is no permutation of it, or the mask keeps more than n of some m.
     Source: Frantar & Alistarh 2023, arXiv:2301.00774, algorithm 1 with a mask of n of every m.
     Differs from source: the factor of the inverse comes from one Cholesky decomposition of the
         reversed Hessian, not from one of the inverse; a channel that calibration never saw
-        keeps its weight where its group leaves it no choice; an order.
+        keeps its weight where its group leaves it no choice; an order; a given mask.
     Cost: O(i^3 + o i^2) time, O(i^2 + o i) memory.
     Example:
         >>> pruned, mask = sparsegpt(torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 1.0], [1.0, 2.0]]), n=1, m=2)
@@ -180,7 +183,8 @@ def sparsegpt(
     dead = ordered.diagonal() == 0
     # Channels before rows: what is done to a channel runs over contiguous memory.
     channels = W.to(wide).mT[order]
-    keep = _prune_channels(channels, _inverse_factor(ordered, damping), dead, n, m)
+    given = None if mask is None else _given_mask(mask, W, order, n, m)
+    keep = _prune_channels(channels, _inverse_factor(ordered, damping), dead, n, m, given)
     mask = torch.empty_like(keep).index_copy_(0, order, keep).mT.contiguous()
     pruned = torch.empty_like(channels).index_copy_(0, order, channels * keep).mT
     return _narrow(pruned, W.dtype).contiguous(), mask
@@ -204,20 +208,33 @@ def check_scores(scores: Float[Tensor, "o i"]) -> None:
         raise ValueError(f"the score at {position} is {value}: neither 0 nor a positive number")
 
 
-def _prune_channels(channels: Tensor, factor: Tensor, dead: Tensor, n: int, m: int) -> Tensor:
-    """Update the kept weights of `channels` [i, o] in place; returns what is kept.
+def _given_mask(mask: Tensor, W: Tensor, order: Tensor, n: int, m: int) -> Tensor:
+    """By channel in order, and row."""
+    if mask.dtype != torch.bool or mask.shape != W.shape:
+        raise ValueError(f"a mask is bool of the shape {tuple(W.shape)}, got {mask.dtype} of {tuple(mask.shape)}")
+    keep = mask.to(W.device).mT[order]
+    if (keep.unflatten(0, (-1, m)).sum(1) > n).any():
+        raise ValueError(f"the mask keeps more than {n} of {m} consecutive channels in the given order")
+    return keep
+
+
+def _prune_channels(
+    channels: Tensor, factor: Tensor, dead: Tensor, n: int, m: int, given: Tensor | None = None
+) -> Tensor:
+    """Update the kept weights of `channels` [i, o] in place; returns what is kept, which is chosen if not given.
 
     Row j of the upper `factor` is what removing channel j does to the channels after it.
     """
-    keep = torch.empty_like(channels, dtype=torch.bool)
+    keep = torch.empty_like(channels, dtype=torch.bool) if given is None else given
     width, block = len(channels), max(m, _BLOCK // m * m)
     for start in range(0, width, block):
         stop = min(start + block, width)
         removed = torch.zeros_like(channels[start:stop])
         for first in range(start, stop, m):
             group = slice(first, first + m)
-            cost = (channels[group] / factor.diagonal()[group, None]).square().masked_fill(dead[group, None], 0)
-            keep[group] = nm_mask(cost.mT, n=n, m=m).mT
+            if given is None:
+                cost = (channels[group] / factor.diagonal()[group, None]).square().masked_fill(dead[group, None], 0)
+                keep[group] = nm_mask(cost.mT, n=n, m=m).mT
             for j in range(first, first + m):
                 removed[j - start] = (channels[j] / factor[j, j]).masked_fill(keep[j], 0)
                 channels[j + 1 : stop].addr_(factor[j, j + 1 : stop], removed[j - start], alpha=-1)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from permlab.sparsity.calibrate import InputStatistics
@@ -100,8 +100,12 @@ class SiteLayers:
         assert raw.shape[-1] == NUM_FEATURES
         return (raw - raw.mean(0)) / raw.std(0, correction=0).clamp_min(1e-6)
 
-    def kept(self, order: Int64[Tensor, " k"], *, n: int, m: int) -> tuple[float, float, float, float]:
+    def kept(
+        self, order: Int64[Tensor, " k"], *, n: int, m: int, keep: Bool[Tensor, "k r"] | None = None
+    ) -> tuple[float, float, float, float]:
         """Sums of scores: kept under this order, kept under the default one, the n/m highest of every row, and all.
+
+        What is kept under this order is the best of every m, or the given mask.
 
         The first three are the arguments of `permlab.sparsity.quality.efficacy_of_sums`.
         """
@@ -109,16 +113,30 @@ class SiteLayers:
         whole = torch.arange(len(scores), device=scores.device)
         num_kept = round(len(scores) * n / m)
         masked = [float((scores * hard_mask(o.to(whole), scores, n=n, m=m)).sum()) for o in (order, whole)]
+        if keep is not None:
+            masked[0] = float((scores * keep).sum())
         return masked[0], masked[1], float(scores.topk(num_kept, dim=0).values.sum()), float(scores.sum())
 
-    def prune(self, order: Int64[Tensor, " k"], *, n: int, m: int) -> list[Float[Tensor, "_ i"]]:
-        """Pruned weight rows of every reader, in original column order; `sparsegpt` also updates what it keeps."""
+    def prune(
+        self, order: Int64[Tensor, " k"], *, n: int, m: int, keep: Bool[Tensor, "k r"] | None = None
+    ) -> list[Float[Tensor, "_ i"]]:
+        """Pruned weight rows of every reader, in original column order; `sparsegpt` also updates what it keeps.
+
+        Args:
+            order: of the channels, in which the groups of m lie.
+            n, m: n kept of every m.
+            keep: the mask, by item; None for the one that the pruner chooses.
+        """
         if self.pruner != "sparsegpt":
-            return self.unstack(self.items * hard_mask(order, self.scores, n=n, m=m).to(self.items.dtype))
+            mask = hard_mask(order, self.scores, n=n, m=m) if keep is None else keep
+            return self.unstack(self.items * mask.to(self.items.dtype))
         columns = self.site.column_order(order)
+        masks: list[Tensor | None] = [None] * len(self.weights)
+        if keep is not None:
+            masks = [mask > 0 for mask in self.unstack(keep.to(self.items.dtype))]
         return [
-            sparsegpt(weight, statistics.hessian, n=n, m=m, order=columns, damping=self.damping)[0]
-            for weight, statistics in zip(self.weights, self.statistics, strict=True)
+            sparsegpt(weight, statistics.hessian, n=n, m=m, order=columns, damping=self.damping, mask=mask)[0]
+            for weight, statistics, mask in zip(self.weights, self.statistics, masks, strict=True)
         ]
 
 

@@ -19,7 +19,7 @@ from permlab.method.site_methods import SiteMethods
 from permlab.model.base import Backbone
 from permlab.permutation import PermutationSample
 from permlab.task.guard import LAST_GOOD, RATES, REMEDY, NonFiniteGuard, first_bad, first_bad_gradient, remedy
-from permlab.task.optim import build_optimizer
+from permlab.task.optim import Stage, build_optimizer
 from permlab.task.piece import Amounts, Piece
 from permlab.task.place import at_items
 from permlab.task.score import Scores
@@ -234,6 +234,14 @@ class Learner(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.started = True
 
+    def advance(self, step: int) -> None:
+        """Set what changes with the optimiser step that is about to be made."""
+        self.method.advance(step, self.num_steps)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Parts beside model and method that learn after them, once `num_steps` is known."""
+        return ()
+
     def _all_but_method(self) -> nn.Module:
         """The backbone and what a task learns beside it, by name."""
         return nn.ModuleDict({name: module for name, module in self.named_children() if name != "method"})
@@ -298,7 +306,7 @@ class Learner(L.LightningModule):
         """Clip the gradient norm of model and permutation separately, and log both before clipping."""
         limit = float("inf") if gradient_clip_val is None else gradient_clip_val
         scaled = self.trainer.precision in ("16-mixed", "16")  # its scaler skips steps that overflow
-        for name, module in (("model", self._all_but_method()), ("permutation", self.method)):
+        for name, module, key in self.clipped():
             parameters = [p for p in module.parameters() if p.grad is not None]
             if not parameters:
                 continue
@@ -306,7 +314,6 @@ class Learner(L.LightningModule):
                 norm = self.shards.clip(self.method, limit)
             else:
                 norm = nn.utils.clip_grad_norm_(parameters, limit)
-            key = "method.lr or raise method.temperature" if name == "permutation" else "optim.lr"
             if self.guard.looks_later(self.device):
                 if not scaled:
                     what = f"step {self.global_step}: the gradient norm of the {name} is not finite; lower {key}"
@@ -323,6 +330,13 @@ class Learner(L.LightningModule):
             self.guard.look()
         if self.guard.leaves_out(self.device):
             self._leave_out()
+
+    def clipped(self) -> tuple[tuple[str, nn.Module, str], ...]:
+        """Parts whose gradient norms are clipped apart: name, module, and the key to lower where one is not finite."""
+        return (
+            ("model", self._all_but_method(), "optim.lr"),
+            ("permutation", self.method, "method.lr or raise method.temperature"),
+        )
 
     def _log_clipping(self, name: str, norm: Tensor, limit: float) -> None:
         """The gradient's norm at logged steps, and in which part of the steps since the last one it was clipped."""
@@ -419,7 +433,7 @@ class Learner(L.LightningModule):
     def configure_optimizers(self) -> Any:
         self.num_steps = int(self.trainer.estimated_stepping_batches)
         optimizer, scheduler = build_optimizer(
-            self._all_but_method(), self.method, self.optim, num_steps=self.num_steps
+            self._all_but_method(), self.method, self.optim, num_steps=self.num_steps, stages=self.stages()
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

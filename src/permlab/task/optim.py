@@ -1,30 +1,56 @@
 """One optimiser for model and permutation: parameter groups and the shape of the learning rate."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A part that learns at a peak rate of its own, from some step on; nothing else learns from then on.
+
+    Args:
+        name: of its parameter group.
+        module: whose parameters learn, without weight decay.
+        lr: peak learning rate.
+        first: optimiser step, counted from 0, at which its schedule starts.
+    """
+
+    name: str
+    module: nn.Module
+    lr: float
+    first: int
+
+
 def build_optimizer(
-    model: nn.Module, method: nn.Module, settings: Mapping[str, Any], *, num_steps: int
+    model: nn.Module,
+    method: nn.Module,
+    settings: Mapping[str, Any],
+    *,
+    num_steps: int,
+    stages: Sequence[Stage] = (),
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW with the groups `model`, `model_no_decay` and `permutation`, and its schedule per step.
 
     Weight decay acts on the model's matrices only: vectors (norms, biases), parameters that ask
     for none (`_no_weight_decay`) and the permutation are left alone. The permutation has its own
-    peak learning rate, `method.lr`, under the same shape.
+    peak learning rate, `method.lr`, under the same shape. A stage has a group, a rate and a schedule
+    of its own; the other groups' schedules end where the first stage begins.
 
     Args:
         settings: lr, weight_decay, beta1, beta2, schedule, warmup_fraction.
         num_steps: optimiser steps of the whole training.
+        stages: parts of the model that learn later than the rest.
     """
+    later = {id(parameter) for stage in stages for parameter in stage.module.parameters()}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and id(parameter) not in later:
             free = parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False)
             (plain if free else decayed).append(parameter)
     learned = [parameter for parameter in method.parameters() if parameter.requires_grad]
@@ -34,13 +60,22 @@ def build_optimizer(
         {"name": "model_no_decay", "params": plain, "lr": lr, "weight_decay": 0.0},
         {"name": "permutation", "params": learned, "lr": getattr(method, "lr", lr), "weight_decay": 0.0},
     ]
+    spans = [(0, min([num_steps, *(stage.first for stage in stages)]))] * len(groups)
+    for stage in stages:
+        learned = list(stage.module.parameters())
+        groups.append({"name": stage.name, "params": learned, "lr": stage.lr, "weight_decay": 0.0})
+        spans.append((stage.first, num_steps))
+    kept = [(group, span) for group, span in zip(groups, spans, strict=True) if group["params"]]
     betas = (settings["beta1"], settings["beta2"])
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=betas)
-    schedule, warmup = settings["schedule"], settings["warmup_fraction"]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(schedule, step / max(1, num_steps - 1), warmup_fraction=warmup)
-    )
-    return optimizer, scheduler
+    optimizer = torch.optim.AdamW([group for group, _ in kept], betas=betas)
+    factors = [_factor(settings, *span) for _, span in kept]
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+
+
+def _factor(settings: Mapping[str, Any], first: int, stop: int) -> Callable[[int], float]:
+    """Of the learning rate at a step, its schedule running from the first step to the last before `stop`."""
+    schedule, warmup, last = settings["schedule"], settings["warmup_fraction"], max(1, stop - first - 1)
+    return lambda step: lr_factor(schedule, (step - first) / last, warmup_fraction=warmup)
 
 
 def lr_factor(schedule: str, progress: float, *, warmup_fraction: float) -> float:

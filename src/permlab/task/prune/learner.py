@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -30,9 +30,11 @@ from permlab.sparsity.quality import efficacy_of_sums
 from permlab.sparsity.site import block_names
 from permlab.task.learner import Learner, Parts, Result, Summary
 from permlab.task.metric import PERPLEXITY
+from permlab.task.optim import Stage
 from permlab.task.piece import Amounts, Piece
 from permlab.task.prune.exporting import export_run
 from permlab.task.prune.losses import distance, divergence
+from permlab.task.prune.masks import Masks, masks_of
 from permlab.task.prune.reading import Reading, ReadOrder, read_item_order
 from permlab.task.prune.rehearsal import Rehearsal
 from permlab.task.prune.sites import at_sites
@@ -42,6 +44,7 @@ from permlab.task.score import ImageScores, Scores, TextScores, cross_entropy
 # Logits of the calibration set that are kept rather than computed anew for every loss.
 MAX_CACHED_LOGITS = 2**26
 Orders = dict[str, Int64[Tensor, " k"]]
+Keep = Mapping[str, Bool[Tensor, "k r"]]  # masks by item; where there is none, the best scores under the order
 
 
 class PruneLearner(Learner):
@@ -51,6 +54,8 @@ class PruneLearner(Learner):
     where the method has one, finds a starting order for each site; the methods learn, if they
     have parameters, by the loss of the model that is pruned under their present orders; the
     picked orders are hardened, polished where the method asks for it, and the model is pruned.
+    Where masks are learned too, that is after the orders: they are hardened and polished at the first
+    step of the masks, see `permlab.task.prune.masks`.
 
     Masks are made in the permuted channel order and mapped back, so the model runs on its
     original inputs throughout. The *calibration loss* is the Kullback-Leibler divergence from
@@ -80,6 +85,7 @@ class PruneLearner(Learner):
         self.read_order = ReadOrder(model.num_items)
         # In a tuple, as its parts are this task's own.
         self._reading = (Reading(model, self.read_order),)
+        self.masks = Masks(task, {})
         self.layers: dict[str, SiteLayers] = {}
         self.calibration: list[tuple[Tensor, Tensor]] = []
         self.held_out: list[Tensor] = []
@@ -107,10 +113,14 @@ class PruneLearner(Learner):
 
     @property
     def learns(self) -> bool:
+        return self.masks.learns or self._orders_learn
+
+    @property
+    def _orders_learn(self) -> bool:
         return any(parameter.requires_grad for parameter in self.method.parameters())
 
     def learned(self) -> Parts:
-        return (("method", self.method),)
+        return ("method", self.method), ("masks", self.masks)
 
     def tested(self) -> Parts:
         return ("model", self.model), ("read_order", self.read_order)
@@ -141,6 +151,7 @@ class PruneLearner(Learner):
                 )
         for site in watched("search", "sites", self.method.sites):
             self._search(site.name)
+        self.masks = masks_of(self.task, self.layers, [site.name for site in self.method.sites]).to(self.device)
         self._dense_logits = self._calibration_logits()
         self._seconds = time.monotonic() - began
 
@@ -194,22 +205,75 @@ class PruneLearner(Learner):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         inputs, targets = batch
         self.reading.eval()
-        samples = self.method.sample(self._noise(batch_idx))
+        samples = {} if self.masks.settled else self.method.sample(self._noise(batch_idx))
         if not self._is_learnable(samples):
             return self._no_loss()
         with torch.no_grad(), self._states() as states:
             dense_logits = self.reading(inputs)
         dense_states = dict(states)
-        draws = _draws(samples)
-        losses = [self._losses(inputs, targets, dense_logits, dense_states, draw) for draw in draws]
+        draws = self._draws(samples, batch_idx)
+        losses = [self._losses(inputs, targets, dense_logits, dense_states, values) for values in draws]
         total = torch.stack([torch.stack(list(terms.values())).sum() for terms in losses])
         loss = total.mean() + self._policy_loss(samples, -total.detach()) + self._untouched_parameters()
+        loss = loss + (self.masks.penalty(self.layers) if self.masks.settled else 0.0)
         terms = {f"{name} loss": value for losses_of_draw in losses for name, value in losses_of_draw.items()}
         self._check_finite(loss, {"inputs": inputs.float(), "logits of the dense model": dense_logits, **terms})
         if self._is_log_step():
             named = {f"train/{name}": value.detach() for name, value in losses[0].items()}
-            self._record({"train/loss": loss.detach(), **named})
+            masks = {f"mask/{name}": value for name, value in self.masks.statistics().items()}
+            self._record({"train/loss": loss.detach(), **named, **(masks if self.masks.settled else {})})
         return loss
+
+    # Masks that learn do so after the orders, which are settled by then
+
+    @property
+    def _first_mask_step(self) -> int:
+        if not self.masks.learns:
+            return self.num_steps
+        return round(self.num_steps * (1 - self.task.mask_share)) if self._orders_learn else 0
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (Stage("mask", self.masks, self.masks.lr, self._first_mask_step),) if self.masks.learns else ()
+
+    def clipped(self) -> tuple[tuple[str, nn.Module, str], ...]:
+        return ("mask", self.masks, "the rate of task.mask"), super().clipped()[1]
+
+    def advance(self, step: int) -> None:
+        first = self._first_mask_step
+        if step < first:
+            self.method.advance(step, first)
+            return
+        self.method.advance(self.num_steps, self.num_steps)  # frozen
+        self.masks.advance((step - first) / max(1, self.num_steps - first - 1))
+        if not self.masks.settled:
+            self.masks.settle(self._finished_orders()[0], self.layers)
+
+    def _draws(self, samples: Mapping[str, PermutationSample], batch_idx: int) -> list[dict[str, Tensor]]:
+        """Pruned weights by item of every draw, with their gradient."""
+        if self.masks.settled:
+            return [self.masks.values(self.layers, self._noise(batch_idx))]
+        return [{name: self._masked(name, sample) for name, sample in draw.items()} for draw in _draws(samples)]
+
+    def _untouched_parameters(self) -> Tensor | float:
+        untouched = super()._untouched_parameters()
+        if self.trainer.world_size > 1 and not self.masks.settled:
+            untouched = sum((0.0 * parameter.sum() for parameter in self.masks.parameters()), start=untouched)
+        return untouched
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.masks.settled:
+            self.masks.stepped()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
+        if not self.masks.settled:
+            for parameter in self.masks.parameters():
+                parameter.grad = None
+
+    def _orders(self) -> Orders:
+        """The present hard orders: those of the method until they are settled."""
+        return self.masks.orders() or self.method.orders()
 
     def _losses(
         self,
@@ -217,10 +281,9 @@ class PruneLearner(Learner):
         targets: Tensor,
         dense_logits: Tensor,
         dense_states: Mapping[str, Tensor],
-        samples: Mapping[str, PermutationSample],
+        values: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        """Weighted terms of the loss of the model that is pruned under these permutations."""
-        values = {name: self._masked(name, sample) for name, sample in samples.items()}
+        """Weighted terms of the loss of the model with these pruned weights by item."""
         with self._states() as states:
             logits = self._run(values, inputs)
         losses = {}
@@ -298,10 +361,10 @@ class PruneLearner(Learner):
         """Logits of the pruned model; while it is being learned, of the model under its present hard orders."""
         if not self.layers:
             return self.reading(inputs)
-        return self._run(self._hard_values(self.method.orders()), inputs)
+        return self._run(self._hard_values(self._orders(), self.masks.keep()), inputs)
 
     def on_validation_epoch_end(self) -> None:
-        hard = self.calibration_loss(self._hard_values(self.method.orders()))
+        hard = self.calibration_loss(self._hard_values(self._orders(), self.masks.keep()))
         extra = {"calibration_loss": torch.tensor(hard)}
         soft = self._soft_values()
         if soft is not None:
@@ -311,6 +374,8 @@ class PruneLearner(Learner):
     @torch.no_grad()
     def _soft_values(self) -> dict[str, Tensor] | None:
         """Weights under the relaxed permutation as it is trained; None where training sees hard orders."""
+        if self.masks.settled:
+            return None
         values = {}
         for site in self.method.sites:
             method, features = self.method[site.name], self.method.features(site.name)
@@ -321,8 +386,10 @@ class PruneLearner(Learner):
             values[site.name] = self._masked(site.name, sample)
         return values
 
-    def _hard_values(self, orders: Orders) -> dict[str, Tensor]:
-        masks = {name: hard_mask(order, self.layers[name].scores, n=self.n, m=self.m) for name, order in orders.items()}
+    def _hard_values(self, orders: Orders, keep: Keep | None = None) -> dict[str, Tensor]:
+        masks = keep or {
+            name: hard_mask(order, self.layers[name].scores, n=self.n, m=self.m) for name, order in orders.items()
+        }
         return {name: self.layers[name].items * mask for name, mask in masks.items()}
 
     @torch.no_grad()
@@ -349,11 +416,12 @@ class PruneLearner(Learner):
                 loss += float(part.detach())
         return loss, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
-    def _pruned_values(self, orders: Orders) -> dict[str, Tensor]:
+    def _pruned_values(self, orders: Orders, keep: Keep | None = None) -> dict[str, Tensor]:
         """Pruned weights of every site by item, updated where the pruner does that."""
         if self.task.pruner != "sparsegpt":
-            return self._hard_values(orders)
-        pruned = {name: layers.prune(orders[name], n=self.n, m=self.m) for name, layers in self.layers.items()}
+            return self._hard_values(orders, keep)
+        keep, pattern = keep or {}, {"n": self.n, "m": self.m}
+        pruned = {name: at.prune(orders[name], **pattern, keep=keep.get(name)) for name, at in self.layers.items()}
         return {name: layers.stack(pruned[name]) for name, layers in self.layers.items()}
 
     # After training
@@ -362,23 +430,26 @@ class PruneLearner(Learner):
         """Harden, polish and prune; test what the pruned model is compared with, and last of all itself."""
         began = time.monotonic()
         self._bring_layers()
-        starts, learned = self.method.bases(), self.method.orders()
-        losses = [self.calibration_loss(self._pruned_values(orders)) for orders in (starts, learned)]
-        orders, polished = self._polish(starts if losses[0] <= losses[1] else learned, learned)
-        pruned = self._prune(orders)
+        starts, learned, keep = self.method.bases(), self._orders(), self.masks.keep()
+        if keep:
+            orders, polished = learned, list[float]()
+            losses = [self.calibration_loss(self._pruned_values(*pair)) for pair in ((starts, None), (learned, keep))]
+        else:
+            orders, losses, polished = self._finished_orders()
+        pruned = self._prune(orders, keep)
         seconds = self._seconds + time.monotonic() - began
         summary = {
             "prune/calibration_loss_start": losses[0],
             "prune/calibration_loss_learned": losses[1],
             "prune/calibration_loss": self._pruned_loss(pruned),
-            "prune/num_parameters": float(sum(p.numel() for p in self.method.parameters())),
+            "prune/num_parameters": float(sum(p.numel() for part in self.learned() for p in part[1].parameters())),
             "prune/num_sites": float(len(orders)),
         }
         soft = self._soft_values()
         if soft is not None:
             hard = self.calibration_loss(self._hard_values(learned))
             summary["prune/soft_hard_gap"] = hard - self.calibration_loss(soft)
-        quality, arrays = self._quality(orders, pruned)
+        quality, arrays = self._quality(orders, pruned, keep)
         summary |= quality
         summary["prune/seconds"] = round(seconds, 3)
         summary["prune/peak_memory_mib"] = peak_memory_mib() - self._memory
@@ -389,6 +460,13 @@ class PruneLearner(Learner):
             summary |= {f"{key}_{name}": value for key, value in test().items()}
         self._use(pruned)
         return Result(summary | test(), arrays, self._tested_state())
+
+    def _finished_orders(self) -> tuple[Orders, list[float], list[float]]:
+        """Hardened and polished orders, the losses of start and learned ones, and those of polishing."""
+        starts, learned = self.method.bases(), self.method.orders()
+        losses = [self.calibration_loss(self._pruned_values(orders)) for orders in (starts, learned)]
+        orders, polished = self._polish(starts if losses[0] <= losses[1] else learned, learned)
+        return orders, losses, polished
 
     def _polish(self, better: Orders, learned: Orders) -> tuple[Orders, list[float]]:
         """The learned orders, or, where the method is polished, the better of start and learned after that."""
@@ -403,11 +481,14 @@ class PruneLearner(Learner):
             loss = pulse.counting(self._loss_and_gradient)
             return polish(sites, better, loss, n=self.n, m=self.m, num_steps=steps, seed=self.seed)
 
-    def _prune(self, orders: Orders) -> dict[str, Tensor]:
+    def _prune(self, orders: Orders, keep: Keep | None = None) -> dict[str, Tensor]:
         """Whole pruned weights by parameter name."""
-        device = self.device
+        keep, pattern = keep or {}, {"n": self.n, "m": self.m}
         names = watched("pruning", "sites", list(orders))
-        rows = {name: self.layers[name].prune(orders[name].to(device), n=self.n, m=self.m) for name in names}
+        rows = {
+            name: self.layers[name].prune(orders[name].to(self.device), **pattern, keep=keep.get(name))
+            for name in names
+        }
         return assemble_weights(self.model, self.method.sites, rows)
 
     @torch.no_grad()
@@ -417,11 +498,11 @@ class PruneLearner(Learner):
         return sum(float(part) for part in parts)
 
     def _quality(
-        self, orders: Orders, pruned: Mapping[str, Tensor]
+        self, orders: Orders, pruned: Mapping[str, Tensor], keep: Keep
     ) -> tuple[Summary, dict[str, dict[str, np.ndarray]]]:
         """What is retained and what is lost, as a whole, and by site and layer."""
         names = watched("quality", "sites", list(orders))
-        sums = [self.layers[name].kept(orders[name], n=self.n, m=self.m) for name in names]
+        sums = [self.layers[name].kept(orders[name], n=self.n, m=self.m, keep=keep.get(name)) for name in names]
         kept, default, best, total = (sum(column) for column in zip(*sums, strict=True))
         modules = self._pruned_modules()
         pairs = {name: (layer, pruned[f"{name}.weight"]) for name, layer in modules.items()}

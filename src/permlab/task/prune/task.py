@@ -1,5 +1,6 @@
 """Prune a trained model to N:M structured sparsity, with a learned permutation of its input channels: what is asked."""
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -9,7 +10,16 @@ from permlab.config.schema import component_names, component_options, constant, 
 from permlab.data.spec import DataSpec
 from permlab.errors import nearest
 from permlab.model.pretrained_head import num_head_classes
-from permlab.option import AddedLater, NonNegativeFloat, PositiveFloat, PositiveInt, Verbatim
+from permlab.option import (
+    AddedLater,
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Rate,
+    Temperature,
+    Verbatim,
+)
 from permlab.record.stored import read_plan
 from permlab.task.metric import ACCURACY, PERPLEXITY, Metric, Row
 from permlab.task.task import Companion, Idle, Task
@@ -29,6 +39,8 @@ LOSS_OPTIONS = (
     *("task_weight", "kl_weight", "distill_weight", "distill_kind", "distill_over"),
     *("mask_temperature", "mask_backward", "mix"),
 )
+# A law over more patterns of a group holds more logits than it is worth.
+MAX_PATTERNS = 256
 # Settings that name the dense model.
 DENSE = ("dense", "dense_steps")
 
@@ -60,10 +72,23 @@ class Prune(Task):
         distill_weight: of the distance between hidden states of the dense and the pruned model.
         distill_kind: mean squared error, smooth L1, or one minus the cosine.
         distill_over: outputs of every pruned layer, of every block, or of the last block.
+        mask: how the mask comes about in the order that was found: `topk`, the best of each m by score;
+            `maskllm`, a learned law over the patterns of each m; `proxsparse`, learned weights shrunk towards
+            2:4, of which only the mask is used.
+        mask_share: last part of the steps, in which the mask learns and the orders, settled, no longer do.
+        gumbel_lr: peak learning rate of the logits.
+        gumbel_scale: of the logits beside the noise: a number, or a schedule over the steps of the mask.
+        gumbel_temperature: of the relaxed draws, likewise.
+        gumbel_prior: strength of the pruner's mask in the logits at the start.
+        gumbel_reward: of the squares of the weights that a draw keeps; it falls to 0.
+        prox_lr: peak learning rate of the weights whose mask is learned.
+        prox_penalty: of the products of three weights of a group, at every step.
+        prox_anchor: of the distance to the dense weights of those that are kept.
         dense: run directory of the model to prune; null trains one, or finds it trained.
         dense_steps: optimiser steps of that training; null for its task's own number.
     Source: arXiv:2601.22980 (relaxed training, groups, losses); Zou et al. 2025, arXiv:2510.10136
-        (straight-through, blocks, cosine of the last block).
+        (straight-through, blocks, cosine of the last block); Fang et al. 2024, arXiv:2409.17481 (`maskllm`); Liu et
+        al. 2025, arXiv:2502.00258 (`proxsparse`).
     Differs from source: see docs/pruning.md.
     """
 
@@ -88,6 +113,15 @@ class Prune(Task):
         "distill_over": ("distill_weight", [0]),
         "dense_steps": ("dense", ["<set>"]),
         "sequence_length": ("kind", ["image"]),
+        "mask_share": ("mask", ["topk"]),
+        "gumbel_lr": ("mask", ["topk", "proxsparse"]),
+        "gumbel_scale": ("mask", ["topk", "proxsparse"]),
+        "gumbel_temperature": ("mask", ["topk", "proxsparse"]),
+        "gumbel_prior": ("mask", ["topk", "proxsparse"]),
+        "gumbel_reward": ("mask", ["topk", "proxsparse"]),
+        "prox_lr": ("mask", ["topk", "maskllm"]),
+        "prox_penalty": ("mask", ["topk", "maskllm"]),
+        "prox_anchor": ("mask", ["topk", "maskllm"]),
     }
 
     def __init__(
@@ -114,6 +148,16 @@ class Prune(Task):
         distill_weight: NonNegativeFloat,
         distill_kind: Literal["mse", "smooth_l1", "cosine"],
         distill_over: Literal["every_pruned_layer", "block", "last"],
+        mask: Annotated[Literal["topk", "maskllm", "proxsparse"], AddedLater("topk")],
+        mask_share: Annotated[Fraction, AddedLater(0.5)],
+        gumbel_lr: Annotated[Rate, AddedLater(0.01)],
+        gumbel_scale: Annotated[Temperature, AddedLater({"kind": "linear", "start": 100.0, "end": 500.0})],
+        gumbel_temperature: Annotated[Temperature, AddedLater({"kind": "linear", "start": 4.0, "end": 0.05})],
+        gumbel_prior: Annotated[NonNegativeFloat, AddedLater(3.0)],
+        gumbel_reward: Annotated[NonNegativeFloat, AddedLater(1e-5)],
+        prox_lr: Annotated[Rate, AddedLater(0.001)],
+        prox_penalty: Annotated[PositiveFloat, AddedLater(0.25)],
+        prox_anchor: Annotated[NonNegativeFloat, AddedLater(0.0)],
         dense: Verbatim | None,
         dense_steps: PositiveInt | None,
     ) -> None:
@@ -125,6 +169,10 @@ class Prune(Task):
         self.num_samples, self.sequence_length = num_samples, sequence_length
         self.task_weight, self.kl_weight = task_weight, kl_weight
         self.distill_weight, self.distill_kind, self.distill_over = distill_weight, distill_kind, distill_over
+        self.mask, self.mask_share = mask, mask_share
+        self.gumbel_lr, self.gumbel_scale, self.gumbel_temperature = gumbel_lr, gumbel_scale, gumbel_temperature
+        self.gumbel_prior, self.gumbel_reward = gumbel_prior, gumbel_reward
+        self.prox_lr, self.prox_penalty, self.prox_anchor = prox_lr, prox_penalty, prox_anchor
         self.dense, self.dense_steps = dense, dense_steps
 
     @property
@@ -140,7 +188,7 @@ class Prune(Task):
         key = self.metric.key
         return (
             Row("pruned, channels as they are", f"{key}_unpermuted", "unpermuted"),
-            Row("pruned, {order}", key, "pruned"),
+            Row("pruned, {order}" + ("" if self.mask == "topk" else f", {self.mask}"), key, "pruned"),
             Row("dense", f"{key}_dense", "dense", once=DENSE),
             Row("retained score", "prune/retained", "retained", ".4f"),
             Row("efficacy", "prune/efficacy", "efficacy", ".3f"),
@@ -157,6 +205,7 @@ class Prune(Task):
         problems = []
         if self.n >= self.m:
             problems.append(f"task.n={self.n}: keeps all of every task.m={self.m}; expected less")
+        problems += self._problems_of_mask(plan)
         length, longest = self.sequence_length, self.spec.width
         if length is not None and self.spec.is_sequence and length > longest:
             problems.append(f"task.sequence_length={length}: exceeds data.sequence_length={longest}")
@@ -165,6 +214,16 @@ class Prune(Task):
         elif self.dense is not None and not Path(self.dense, "checkpoints", "best.ckpt").is_file():
             problems.append(f"task.dense={self.dense}: no checkpoints/best.ckpt; the run has not validated yet")
         return problems + self._problems_of_model(plan)
+
+    def _problems_of_mask(self, plan: Plan) -> list[str]:
+        if self.mask == "proxsparse" and (self.n, self.m) != (2, 4):
+            return [f"task.mask=proxsparse: its regulariser is for 2:4, not {self.n}:{self.m}; nearest: maskllm"]
+        if self.mask == "maskllm" and math.comb(self.m, self.n) > MAX_PATTERNS:
+            count, most = math.comb(self.m, self.n), MAX_PATTERNS
+            return [f"task.mask=maskllm: {self.n}:{self.m} has {count} patterns, more than {most}; nearest: 4:8"]
+        if self.mask != "topk" and self._orders_learn(plan) and not 0 < self.mask_share < 1:
+            return [f"task.mask_share={self.mask_share}: leaves no steps for the mask, or none for the orders"]
+        return []
 
     def _problems_of_model(self, plan: Plan) -> list[str]:
         name = plan.config["model"]["name"]
@@ -191,6 +250,8 @@ class Prune(Task):
             keys = [*(f"task.{key}" for key in LOSS_OPTIONS), *(f"optim.{key}" for key in optim)]
             for key in [*keys, *(f"trainer.{key}" for key in trainer)]:
                 yield key, f"{named}, which does not learn"
+        if not self._orders_learn(plan):
+            yield "task.mask_share", f"{named}, which does not learn"
         if "estimator" not in options:
             yield "task.mask_temperature", f"{named}, which has no relaxation"
         if method.get("estimator") != "straight_through":
@@ -201,6 +262,9 @@ class Prune(Task):
             yield "task.dense_steps", "model.pretrained"
 
     def learns(self, plan: Plan) -> bool:
+        return self.mask != "topk" or self._orders_learn(plan)
+
+    def _orders_learn(self, plan: Plan) -> bool:
         return "lr" in component_options("method", plan.config["method"]["component"])
 
     def complete(self, config: dict[str, Any]) -> None:
@@ -244,9 +308,11 @@ class Prune(Task):
 
     def label(self, plan: Plan) -> str:
         name = plan.config["method"]["name"]
-        return self.pruner if name == "fixed" else f"{self.pruner} + {name}"
+        parts = (self.pruner, *((name,) if name != "fixed" else ()), *((self.mask,) if self.mask != "topk" else ()))
+        return " + ".join(parts)
 
     def baseline(self, plan: Plan, summary: Mapping[str, float]) -> float | None:
         """Plain Wanda; runs that prune by it have measured that themselves, on the way."""
-        plain = self.metric.key if plan.config["method"]["name"] == "fixed" else f"{self.metric.key}_unpermuted"
+        is_plain = plan.config["method"]["name"] == "fixed" and self.mask == "topk"
+        plain = self.metric.key if is_plain else f"{self.metric.key}_unpermuted"
         return summary.get(plain) if self.pruner == "wanda" else None
