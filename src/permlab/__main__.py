@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import permlab.config.reference
+import permlab.study.__main__
 import permlab.sweep.__main__
 from permlab import cli
 from permlab.errors import nearest
@@ -15,6 +16,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "train": ("train a model, or with -m every combination of values", lambda words: cli.main("train", words)),
     "eval": ("test a finished run again, export or upload it", lambda words: cli.main("eval", words)),
     "sweep": ("run the grids of sweeps/; without a name, list them", permlab.sweep.__main__.main),
+    "study": ("draw the figures of a study from its table", permlab.study.__main__.main),
     "options": ("write docs/options.md anew", lambda _: permlab.config.reference.main()),
 }
 USAGE = """usage: python -m permlab <command> [words ...]

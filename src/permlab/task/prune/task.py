@@ -102,6 +102,7 @@ class Prune(Task):
         ("divergence\nfrom dense", {"hard orders": "val/calibration_loss", "soft orders": "val/soft_calibration_loss"}),
     )
     compared_within: ClassVar[tuple[str, ...]] = (*DENSE, "sites", "num_samples")
+    clock: ClassVar[tuple[str, str]] = ("prune/seconds", "time for the orders, statistics included")
 
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "coupling": ("sites", ["foldable", "stream"]),
