@@ -151,7 +151,7 @@ class Prune(Task):
         distill_over: Literal["every_pruned_layer", "block", "last"],
         mask: Annotated[Literal["topk", "maskllm", "proxsparse"], AddedLater("topk")],
         mask_share: Annotated[Fraction, AddedLater(0.5)],
-        gumbel_lr: Annotated[Rate, AddedLater(0.01)],
+        gumbel_lr: Annotated[Rate, AddedLater(0.003)],
         gumbel_scale: Annotated[Temperature, AddedLater({"kind": "linear", "start": 100.0, "end": 500.0})],
         gumbel_temperature: Annotated[Temperature, AddedLater({"kind": "linear", "start": 4.0, "end": 0.05})],
         gumbel_prior: Annotated[NonNegativeFloat, AddedLater(3.0)],
