@@ -1,6 +1,5 @@
 """Two processes that train one run together, and compare themselves after every step."""
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -9,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import lightning as L
 import torch
 from runs import cut_companions
 
 from permlab.cli import main
-from permlab.ops.threads import trust_openmp
 
 TESTS = Path(__file__).parent
 SCRIPT = "import sys; from ranks import train; train(sys.argv[1:])"
@@ -77,30 +76,18 @@ def launch(words: list[str], folder: Path, variables: dict[str, str]) -> subproc
 
 def fork(words: list[str], folder: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """Both ranks come from the preloaded server, as from a launcher of their own; no library is imported anew."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["permlab.run.story"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", **variables}
     logs = [(folder / f"out{rank}", folder / f"err{rank}") for rank in range(2)]
-    ranks = [
-        context.Process(target=_rank, args=(words, {**shared, "LOCAL_RANK": str(rank)}, *map(str, logs[rank])))
-        for rank in range(2)
-    ]
+    ranks = [forked.start(_train, [words], logs[rank], {**shared, "LOCAL_RANK": str(rank)}) for rank in range(2)]
     for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(240)
+        process.join(forked.TIMEOUT_SECONDS)
     out, err = ("".join(log[index].read_text() for log in logs) for index in range(2))
     return subprocess.CompletedProcess(words, ranks[0].exitcode or 0, out, err)
 
 
-def _rank(words: list[str], environment: dict[str, str], out: str, err: str) -> None:
-    trust_openmp(True)  # the server has only imported
-    os.environ.update(environment)
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def _train(words: list[str]) -> None:
     sys.argv = ["train.py", *words]
     train(words)

@@ -4,14 +4,16 @@ import contextlib
 import io
 import json
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import lightning as L
 import yaml
+from scale import FULL
 
 from permlab.cli import main
 from permlab.config.check import plan_of
@@ -57,9 +59,21 @@ def train(runs: Path, *overrides: str, steps: int = 2) -> Result:
     """`python train.py` with a short schedule and its runs below `runs`."""
     words = [*SHORT, f"paths.runs={runs}", f"trainer.max_steps={steps}", *overrides]
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _unchecked():
         code = main("train", words)
     return Result(code, out.getvalue(), err.getvalue(), words)
+
+
+@contextlib.contextmanager
+def _unchecked() -> Iterator[None]:
+    """Shapes are not checked in whole runs, a third of whose time that takes: tests of the parts do, and all of them do
+    in `make test-all`."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", before or not FULL)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def configure(words: Sequence[str]) -> dict[str, Any]:

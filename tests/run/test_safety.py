@@ -5,11 +5,10 @@ import io
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -261,12 +260,10 @@ def test_no_file_and_no_output_of_a_run_holds_a_secret(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     words = ["task.control=false", "trainer.max_steps=2", f"paths.runs={tmp_path / 'runs'}", "logger.mode=offline"]
     words += ["figures=false"]
-    environment = {**os.environ, "WANDB_API_KEY": WANDB_KEY, "HF_TOKEN": HF_TOKEN, "HOME": str(tmp_path / "home")}
-    environment |= {"WANDB_MODE": "offline", "SOME_PASSWORD": "correct horse battery"}
+    variables = {"WANDB_API_KEY": WANDB_KEY, "HF_TOKEN": HF_TOKEN, "HOME": str(tmp_path / "home")}
+    variables |= {"WANDB_MODE": "offline", "SOME_PASSWORD": "correct horse battery"}
     (tmp_path / "home").mkdir()
-    done = subprocess.run(
-        [sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=200
-    )
+    done = forked.run(forked.train, [words], tmp_path, variables)
     assert done.returncode == 0, done.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files)

@@ -205,8 +205,8 @@ def test_never_worse_than_its_start(budget_s):
 def test_more_rounds_find_more():
     scores = torch.rand(64, 64)
     totals = [
-        np.mean([kept(scores, swap_search(scores, n=2, m=4, seed=seed, num_rounds=rounds), 2, 4) for seed in range(5)])
-        for rounds in (0, 500, 5000)
+        np.mean([kept(scores, swap_search(scores, n=2, m=4, seed=seed, num_rounds=rounds), 2, 4) for seed in range(3)])
+        for rounds in (0, 300, 2000)
     ]
     assert totals[0] < totals[1] < totals[2]
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 # Names of environment variables and settings whose value is nobody's business.
@@ -23,7 +23,11 @@ def redact(text: str) -> str:
         >>> redact("hf_0123456789abcdefghij and logger.api_key=abc")
         '<secret> and logger.api_key=<secret>'
     """
-    for value in _from_environment():
+    return _redact(text, _from_environment())
+
+
+def _redact(text: str, secrets: Sequence[str]) -> str:
+    for value in secrets:
         text = text.replace(value, HIDDEN)
     return NAMED.sub(rf"\1{HIDDEN}", SHAPE.sub(HIDDEN, text))
 
@@ -32,17 +36,21 @@ def holds_secret(text: str) -> bool:
     return redact(text) != text
 
 
-def leaks(value: Any, path: str = "") -> Iterator[str]:
+def leaks(value: Any) -> Iterator[str]:
     """Dotted keys of a configuration whose name or value holds a secret."""
+    return _leaks(value, "", _from_environment())
+
+
+def _leaks(value: Any, path: str, secrets: Sequence[str]) -> Iterator[str]:
     if isinstance(value, Mapping):
         for key, part in value.items():
-            if holds_secret(str(key)):
+            if _redact(str(key), secrets) != str(key):
                 yield path or "the configuration"
-            yield from leaks(part, f"{path}.{key}" if path else str(key))
+            yield from _leaks(part, f"{path}.{key}" if path else str(key), secrets)
     elif isinstance(value, (list, tuple)):
         for part in value:
-            yield from leaks(part, path)
-    elif isinstance(value, str) and holds_secret(value):
+            yield from _leaks(part, path, secrets)
+    elif isinstance(value, str) and _redact(value, secrets) != value:
         yield path
 
 

@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from permlab.config.compose import compose_config
@@ -27,10 +27,16 @@ def words(config: Mapping[str, Any]) -> list[str]:
     """
     found = [f"{group}={config[group]['name']}" for group in GROUPS]
     while True:
-        more = dict(_differences(config, compose_config("train", found)[0]))
+        more = dict(_differences(config, _composed(tuple(found))))
         found += [f"{key}={as_word(value)}" for key, value in more.items()]
         if not more.keys() & _referred_to():
             return found
+
+
+@lru_cache(maxsize=64)
+def _composed(words: tuple[str, ...]) -> Mapping[str, Any]:
+    """What these words give; not to be changed. A run and those beside it ask for the same."""
+    return compose_config("train", words)[0]
 
 
 @cache

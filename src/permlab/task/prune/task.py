@@ -227,10 +227,10 @@ class Prune(Task):
         return []
 
     def _problems_of_model(self, plan: Plan) -> list[str]:
-        name = plan.config["model"]["name"]
-        able = [other for other in component_names("model") if self._has_sites(preset_component("model", other))]
         if self._has_sites(plan.config["model"]["component"]):
             return []
+        name = plan.config["model"]["name"]
+        able = [other for other in component_names("model") if self._has_sites(preset_component("model", other))]
         return [f"model={name}: has no linear layers that task=prune knows how to prune{nearest(name, able)}"]
 
     def _has_sites(self, model: str) -> bool:
