@@ -77,6 +77,7 @@ class Learner(L.LightningModule):
         self.num_steps = 1
         self.guard = NonFiniteGuard()
         self.shards: Shards | None = None
+        self.cache_folder: Path | None = None  # where what is large, or of use to other runs, may be put
         self.started = False  # whether training has begun, all that a checkpoint restores being restored
         # Of model and permutation, since the last logged step: how often their gradient was clipped, in how many steps.
         self._clips: dict[str, list[Any]] = {}  # steps clipped and steps, by group
