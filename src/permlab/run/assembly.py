@@ -1,6 +1,7 @@
 """From a plan to the parts of its run, everything that can refuse it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +55,19 @@ def place(plan: Plan) -> tuple[Backbone, Method | SiteMethods]:
         ConfigError: if a component refuses its values.
     """
     torch.manual_seed(plan.config["seed"])
-    model = build("model", plan.config["model"], plan.spec)
+    with _default_dtype(getattr(torch, plan.task.weight_dtype)):
+        model = build("model", plan.config["model"], plan.spec)
     return model, plan.task.learner().place(plan, model)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def opening(plan: Plan, parts: Assembly) -> str:

@@ -68,9 +68,10 @@ class Waiting:
 
 def _mapped(tensor: Tensor, folder: Path | None) -> Tensor:
     """The same tensor, in a file that is gone when nobody uses it."""
-    file = tempfile.TemporaryFile(dir=folder)
-    array = np.memmap(file, dtype=np.uint8, mode="w+", shape=(max(1, tensor.nbytes),))
-    file.close()  # the map keeps what it maps
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:  # the map keeps what it maps
+        array = np.memmap(file, dtype=np.uint8, mode="w+", shape=(max(1, tensor.nbytes),))
     place = torch.from_numpy(array)[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
     place.copy_(tensor)
     return place

@@ -57,6 +57,7 @@ class Task:
         panels: curves of the figure `training`, in order: title, and metric by label of its line.
         pictures: figures that show what a run is about; the first that it has is the one to open.
         compared_within: settings of the task that runs share if tables compare them.
+        weight_dtype: torch's name of the precision in which the model is built.
     Args:
         spec: shape of the data.
     """
@@ -68,6 +69,7 @@ class Task:
     panels: ClassVar[tuple[tuple[str, Mapping[str, str]], ...]] = ()
     pictures: ClassVar[tuple[str, ...]] = ("comparison", "order", "training")
     compared_within: ClassVar[tuple[str, ...]] = ()
+    weight_dtype: str = "float32"
     metric: Metric
 
     def __init__(self, spec: DataSpec) -> None:

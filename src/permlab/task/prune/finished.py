@@ -229,7 +229,7 @@ class FinishedLearner(CalibratedLearner):
         return errors.relative()
 
     def _test_all(self, orders: Orders, pruned: Mapping[str, Tensor], test: Callable[[], Summary]) -> Summary:
-        """The dense model, the one with the channels as they are, and the pruned one; from here on the model is that."""
+        """The dense model, the one with the channels as they are, and the pruned one, which the model is from then on."""
         layers, self.layers = self.layers, {}
         summary = {f"{key}_dense": value for key, value in test().items()}
         default = {name: torch.arange(len(order), device=order.device) for name, order in orders.items()}
