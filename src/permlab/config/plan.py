@@ -36,6 +36,11 @@ class Plan:
         """Whether the run is repeated where a finished one exists."""
         return bool(self.config["force"])
 
+    @property
+    def cache_folder(self) -> Path:
+        """Where runs put what is large, and what others may use; it may be deleted at any time."""
+        return Path(self.config["paths"]["runs"], "cache")
+
 
 def make_plan(config: Mapping[str, Any], directory: Path | None = None) -> Plan:
     """Plan of a checked configuration.

@@ -14,6 +14,7 @@ from permlab.errors import ConfigError
 from permlab.method.base import Method
 from permlab.method.site_methods import SiteMethods
 from permlab.model.base import Backbone
+from permlab.model.checkpointing import checkpoint_stages
 from permlab.task.learner import Learner
 
 
@@ -45,6 +46,11 @@ def assemble(plan: Plan, before: Mapping[str, Path] | None = None) -> Assembly:
     except ValueError as error:
         raise ConfigError(f"task={plan.config['task']['name']}: {error}") from error
     learner.adopt(before or {})
+    if plan.config["trainer"].get("gradient_checkpointing"):
+        try:
+            checkpoint_stages(model)
+        except ValueError as error:
+            raise ConfigError(f"trainer.gradient_checkpointing=true: {error}") from error
     return Assembly(model, method, learner, data)
 
 

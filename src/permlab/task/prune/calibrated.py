@@ -25,12 +25,14 @@ from permlab.sparsity.site import WeightSite, block_names
 from permlab.sparsity.walk import Visit, walk
 from permlab.task.learner import Learner
 from permlab.task.prune.losses import divergence
-from permlab.task.prune.predictions import Predictions
+from permlab.task.prune.predictions import Predictions, fingerprint
 from permlab.task.prune.reading import Reading, ReadOrder, read_item_order
 from permlab.task.prune.task import Prune
 
 # Bytes of weights and scores by item, of all sites together, up to which they are kept rather than made on demand.
 KEPT_BYTES = 2**30
+# Samples of the test split whose bits tell whether it is the same; its settings and seed do, too.
+NUM_FINGERPRINTED = 64
 Orders = dict[str, Int64[Tensor, " k"]]
 Statistics = dict[str, InputStatistics]
 
@@ -66,6 +68,7 @@ class CalibratedLearner(Learner):
         # Weights that were pruned on the way, with the orders under which they were.
         self._ready: tuple[Orders, dict[str, Tensor]] | None = None
         self._ready_loss: float | None = None
+        self._fingerprint = ""  # of the dense model and what it is tested on
         self._seconds = 0.0
         self._memory = 0.0
 
@@ -96,6 +99,10 @@ class CalibratedLearner(Learner):
             self.calibration = [self._shorten(batch) for batch in data.sample("train", self.task.num_samples)]
             self.held_out = [self._shorten(batch)[0] for batch in data.sample("val", self.task.num_samples)]
             self._survey()
+        if self.known is not None:
+            state = {**self.model.state_dict(), "read order": self.read_order.order}
+            tested = (inputs for inputs, _ in data.sample("test", NUM_FINGERPRINTED))
+            self._fingerprint = f"{fingerprint(state.values())} {fingerprint(tested)}"
         self._seconds = time.monotonic() - began
 
     def _shorten(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from permlab.sparsity.walk import Walker
 from permlab.task.learner import Result, Summary
 from permlab.task.prune.calibrated import CalibratedLearner, Orders
 from permlab.task.prune.exporting import export_run
+from permlab.task.prune.predictions import fingerprint
 
 
 class FinishedLearner(CalibratedLearner):
@@ -231,20 +232,37 @@ class FinishedLearner(CalibratedLearner):
     def _test_all(self, orders: Orders, pruned: Mapping[str, Tensor], test: Callable[[], Summary]) -> Summary:
         """The dense model, the one with the channels as they are, and the pruned one, which the model is from then on."""
         layers, self.layers = self.layers, {}
-        summary = {f"{key}_dense": value for key, value in test().items()}
+        model = self._fingerprint
+        summary = {f"{key}_dense": value for key, value in self._recall({"model": model}, test).items()}
         default = {name: torch.arange(len(order), device=order.device) for name, order in orders.items()}
         unpermuted = None
         if not _equal(orders, default):
-            self.layers = layers
-            weights = self._prune(default)
-            self.layers = {}
-            self._use(weights)
-            unpermuted = test()
-            del weights
+
+            def test_unpermuted() -> Summary:
+                self.layers = layers
+                weights = self._prune(default)
+                self.layers = {}
+                self._use(weights)
+                return test()
+
+            unpermuted = self._recall({"model": model, "pruned": self._plain_pruning()}, test_unpermuted)
         layers.clear()
         self._use(pruned)
         last = test()
         return summary | {f"{key}_unpermuted": value for key, value in (unpermuted or last).items()} | last
+
+    def _recall(self, what: Mapping[str, Any], find: Callable[[], Summary]) -> Summary:
+        return find() if self.known is None else self.known.recall(what, find)
+
+    def _plain_pruning(self) -> dict[str, Any]:
+        """All that pruning with the channels as they are depends on, besides the model and the data's settings."""
+        task = self.task
+        readers = sorted((r.module, r.rows) for site in self.method.sites for r in site.readers)
+        options = ("n", "m", "pruner", "power", "damping", "calibrate", "num_samples", "sequence_length")
+        return {key: getattr(task, key) for key in options} | {
+            "layers": readers,
+            "samples": fingerprint(inputs for inputs, _ in self.calibration),
+        }
 
     @torch.no_grad()
     def _use(self, weights: Mapping[str, Tensor]) -> None:

@@ -92,9 +92,7 @@ class PruneLearner(FinishedLearner):
         samples = self.method.sample(self._noise(batch_idx))
         if not self._is_learnable(samples):
             return self._no_loss()
-        with torch.no_grad(), self._states() as states:
-            dense_logits = self.reading(inputs)
-        dense_states = dict(states)
+        dense_logits, dense_states = self._dense(inputs)
         draws = _draws(samples)
         losses = [self._losses(inputs, targets, dense_logits, dense_states, draw) for draw in draws]
         total = torch.stack([torch.stack(list(terms.values())).sum() for terms in losses])
@@ -106,11 +104,20 @@ class PruneLearner(FinishedLearner):
             self._record({"train/loss": loss.detach(), **named})
         return loss
 
+    @torch.no_grad()
+    def _dense(self, inputs: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """What the dense model gives, where a loss compares with it."""
+        if not (self.task.kl_weight or self.task.distill_weight):
+            return None, {}
+        with self._states() as states:
+            logits = self.reading(inputs)
+        return logits, dict(states)
+
     def _losses(
         self,
         inputs: Tensor,
         targets: Tensor,
-        dense_logits: Tensor,
+        dense_logits: Tensor | None,
         dense_states: Mapping[str, Tensor],
         samples: Mapping[str, PermutationSample],
     ) -> dict[str, Tensor]:
@@ -121,7 +128,7 @@ class PruneLearner(FinishedLearner):
         losses = {}
         if self.task.task_weight:
             losses["cross_entropy"] = self.task.task_weight * cross_entropy(logits, targets)
-        if self.task.kl_weight:
+        if dense_logits is not None and self.task.kl_weight:
             losses["kl"] = self.task.kl_weight * divergence(logits, dense_logits)
         if self.task.distill_weight:
             pairs = [(states[name], dense_states[name]) for name in dense_states]

@@ -1,5 +1,7 @@
 """What the dense model predicts for the calibration samples, kept where there is room."""
 
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -9,6 +11,20 @@ from permlab.sparsity.offload import Waiting
 
 # Logits that are kept as they are. Of more, log-probabilities are kept in half precision.
 MAX_KEPT_WHOLE = 2**26
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Thirty-two hex digits of shapes, types and every bit of some tensors.
+
+    Example:
+        >>> fingerprint([torch.zeros(2)]) == fingerprint([torch.zeros(3)])
+        False
+    """
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
 
 
 class Predictions:
