@@ -37,6 +37,11 @@ class Plan:
         """Whether the run is repeated where a finished one exists."""
         return bool(self.config["force"])
 
+    @property
+    def cache_folder(self) -> Path:
+        """Where runs put what is large, and what others may use; it may be deleted at any time."""
+        return Path(self.config["paths"]["runs"], "cache")
+
 
 def make_plan(config: Mapping[str, Any], directory: Path | None = None) -> Plan:
     """Plan of a checked configuration.
@@ -72,7 +77,7 @@ def open_data(settings: Mapping[str, Any]) -> tuple[Any, DataSpec]:
 def complete(config: Mapping[str, Any], spec: DataSpec, task: Any, data: Any) -> dict[str, Any]:
     """A copy in which what follows from other keys is filled in, so that a saved configuration is complete."""
     whole = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
-    left_open = getattr(data, "complete", dict)()
+    left_open: Mapping[str, Any] = getattr(data, "complete", dict)()
     whole["data"] |= {key: value for key, value in left_open.items() if whole["data"].get(key) is None}
     model, trainer = whole["model"], whole["trainer"]
     if "patch_size" in model and (model["patch_size"] is None or spec.is_sequence):

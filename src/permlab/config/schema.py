@@ -52,7 +52,7 @@ OWN_TRAINER_KEYS = dict.fromkeys(
     "fast_dev_run": "not used, as it keeps nothing to test; debug=fdr runs all there is on one batch of each split",
 }
 # Keys of the trainer group that permlab reads itself and lightning.Trainer does not know.
-EXTRA_TRAINER_KEYS = ("name", "on_nonfinite", "max_skips", "profiler")
+EXTRA_TRAINER_KEYS = ("name", "on_nonfinite", "max_skips", "profiler", "gradient_checkpointing")
 # Batches of an epoch, or a part of them.
 Batches = PositiveInt | Annotated[float, Range(gt=0, le=1)]
 
@@ -117,6 +117,7 @@ class TrainerKeys:
     overfit_batches: Annotated[PositiveInt | Fraction, AddedLater(0)]
     detect_anomaly: Annotated[bool, AddedLater(False)]
     profiler: Annotated[Literal["simple", "advanced", "pytorch"] | None, AddedLater(None)]
+    gradient_checkpointing: Annotated[bool, AddedLater(False)]  # compute activations again rather than keep them
     enable_progress_bar: Annotated[bool, AddedLater(True)]
     enable_model_summary: Annotated[bool, AddedLater(False)]
 

@@ -139,7 +139,8 @@ class Llama(Backbone):
         if pretrained is not None:
             folder, config = _open_fitting(pretrained, config, spec, position, tie_embeddings)
             self.num_slots = config.max_position_embeddings
-        self.network = MODEL_MAPPING[type(config)](_without_ends(config))
+        network_class: Any = MODEL_MAPPING[type(config)]
+        self.network = network_class(_without_ends(config))
         # Its own table would get no gradient from patches, and ours has to be the head's where tied.
         self.network.embed_tokens = None  # type: ignore[assignment]
         rotation = _Rotation(config) if position == "slot" else _NoRotation(config.head_dim)

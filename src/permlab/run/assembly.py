@@ -1,6 +1,7 @@
 """From a plan to the parts of its run, everything that can refuse it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from permlab.errors import ConfigError
 from permlab.method.base import Method
 from permlab.method.site_methods import SiteMethods
 from permlab.model.base import Backbone
+from permlab.model.checkpointing import checkpoint_stages
 from permlab.task.learner import Learner
 
 
@@ -44,6 +46,11 @@ def assemble(plan: Plan, before: Mapping[str, Path] | None = None) -> Assembly:
     except ValueError as error:
         raise ConfigError(f"task={plan.config['task']['name']}: {error}") from error
     learner.adopt(before or {})
+    if plan.config["trainer"].get("gradient_checkpointing"):
+        try:
+            checkpoint_stages(model)
+        except ValueError as error:
+            raise ConfigError(f"trainer.gradient_checkpointing=true: {error}") from error
     return Assembly(model, method, learner, data)
 
 
@@ -54,8 +61,19 @@ def place(plan: Plan) -> tuple[Backbone, Method | SiteMethods]:
         ConfigError: if a component refuses its values.
     """
     torch.manual_seed(plan.config["seed"])
-    model = build("model", plan.config["model"], plan.spec)
+    with _default_dtype(getattr(torch, plan.task.weight_dtype)):
+        model = build("model", plan.config["model"], plan.spec)
     return model, plan.task.learner().place(plan, model)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def opening(plan: Plan, parts: Assembly) -> str:

@@ -113,7 +113,7 @@ def _backward_of_convolution(
     **_: Any,
 ) -> int:
     """As many operations as forward for each gradient, input's and weight's; torch's formula forgets the groups."""
-    forward = conv_flop_count(x, weight, grad, transposed=transposed)
+    forward = conv_flop_count(list(x), list(weight), list(grad), transposed=transposed)
     return forward * sum(output_mask[:2])
 
 

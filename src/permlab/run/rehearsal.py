@@ -105,7 +105,8 @@ class _Watch(L.Callback):
         for phase, step in self.phases.items():
             yield step, False  # sets everything up
             yield step, True
-            count, times = self._count, []
+            times: list[float] = []
+            count = self._count
             while len(times) < 2 or (sum(times) < TRIED_SECONDS and len(times) < MAX_TRIED):
                 yield step, False
                 times.append(self._seconds)
@@ -222,7 +223,7 @@ def _try(make: Callable[[], object] | float) -> tuple[float, int]:
     with counting() as count:
         seconds = piece.timed(make)
     if seconds < TRIED_SECONDS:
-        times = []
+        times: list[float] = []
         while len(times) < 2 or (sum(times) < TRIED_SECONDS / 3 and len(times) < MAX_TRIED):
             times.append(piece.timed(make))
         seconds = float(median(times))

@@ -15,6 +15,7 @@ from permlab.config.words import command
 from permlab.errors import Interrupted
 from permlab.figure.draw import draw_all
 from permlab.record.checkpoint import load_weights
+from permlab.record.known import Known
 from permlab.record.lock import RunLock
 from permlab.record.provenance import device_name
 from permlab.record.pulse import Pulse, say
@@ -161,6 +162,7 @@ def _fit_and_finish(plan: Plan, parts: Assembly, before: Mapping[str, Path], dis
     learner.guard = NonFiniteGuard(**{key: plan.config["trainer"][key] for key in ("on_nonfinite", "max_skips")})
     with end_ranks(trainer):
         learner.to(trainer.strategy.root_device)
+        learner.cache_folder, learner.known = plan.cache_folder, _known(plan, trainer)
         with Pulse("preparation"):
             learner.prepare(parts.data, before)
         L.seed_everything(plan.config["seed"], verbose=False)
@@ -178,6 +180,24 @@ def _fit_and_finish(plan: Plan, parts: Assembly, before: Mapping[str, Path], dis
             logger.mirror_results(summary, draw_all(run_dir) if plan.config["figures"] else [])
     logger.finalize("success")
     return summary
+
+
+def _known(plan: Plan, trainer: L.Trainer) -> Known | None:
+    """Numbers of other runs on the same data, computed alike; none for several ranks, and where all is to be new."""
+    if plan.is_forced or trainer.world_size > 1:
+        return None
+    settings = {key: value for key, value in plan.config["trainer"].items() if key.startswith("limit_")}
+    model = {key: value for key, value in plan.config["model"].items() if key not in ("name", "lr", "pretrained")}
+    facts = {
+        "data": {key: value for key, value in plan.config["data"].items() if key != "num_workers"},
+        "model": model,
+        "seed": plan.task.data_seed(plan),
+        "precision": trainer.precision,
+        "limits": settings,
+        "device": device_name(plan.config["trainer"]["accelerator"]),
+        "torch": torch.__version__,
+    }
+    return Known(plan.cache_folder, facts)
 
 
 def _finish(plan: Plan, parts: Assembly, trainer: L.Trainer) -> Result:

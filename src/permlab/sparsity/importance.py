@@ -123,9 +123,36 @@ def saliency(W: Float[Tensor, "o i"], hessian: Float[Tensor, "i i"], *, damping:
     _check_weight(W)
     _check_hessian(W, hessian)
     wide = _widest(W, hessian)
+    return saliency_of(W, inverse_diagonal(hessian.to(wide), damping=damping))
+
+
+def inverse_diagonal(hessian: Float[Tensor, "i i"], *, damping: float = 0.01) -> Float[Tensor, " i"]:
+    """Diagonal of the inverse of the damped Hessian: all that `saliency` needs of it.
+
+    Args:
+        hessian, damping: as in `saliency`.
+    Returns:
+        Infinity for a channel that calibration never saw.
+    Raises:
+        ValueError: if the damped Hessian is not positive definite.
+    Cost: O(i^3).
+    Example:
+        >>> inverse_diagonal(torch.tensor([[1.0, 0.0], [0.0, 16.0]]), damping=0.0)
+        tensor([1.0000, 0.0625])
+    """
     dead = hessian.diagonal() == 0
-    variance = _inverse_factor(hessian.to(wide), damping).square().sum(0)
-    return _narrow((W.to(wide).square() / variance).masked_fill(dead, 0), W.dtype)
+    return _inverse_factor(hessian, damping).square().sum(0).masked_fill(dead, math.inf)
+
+
+def saliency_of(W: Float[Tensor, "o i"], inverse_diagonal: Float[Tensor, " i"]) -> Float[Tensor, "o i"]:
+    """The `saliency` of every weight, from the diagonal of the inverse Hessian.
+
+    Raises:
+        ValueError: as `saliency`.
+    """
+    _check_weight(W)
+    wide = _widest(W, inverse_diagonal)
+    return _narrow(W.to(wide).square() / inverse_diagonal.to(wide), W.dtype)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from permlab.sparsity.calibrate import InputStatistics
-from permlab.sparsity.importance import magnitude, ria, saliency, sparsegpt, wanda
+from permlab.sparsity.importance import magnitude, ria, saliency_of, sparsegpt, wanda
 from permlab.sparsity.mask import hard_mask
 from permlab.sparsity.search_inputs import SearchInputs
 from permlab.sparsity.weight_site import Reader, WeightSite
@@ -22,6 +22,10 @@ NUM_FEATURES = 6
 class SiteLayers:
     """Dense weights of a site's layers with their statistics, in the layout in which orders act on them.
 
+    The weights are the model's own, in its precision. What stands for them by item and their scores, both in
+    float32 at least, follow from them and the statistics' vectors: they are made whenever they are
+    asked for, unless the layers are told to keep them.
+
     Shapes:
         k: items of the site, in original order.  r: rows of all layers, one after the other.
     Args:
@@ -31,6 +35,7 @@ class SiteLayers:
         pruner: importance of a weight, one of `PRUNERS`.
         power: of the input norm in `ria`.
         damping: of the Hessian in `sparsegpt`.
+        keep: items and scores once they are made.
     Raises:
         ValueError: if a weight or a statistic is not finite.
     """
@@ -41,26 +46,62 @@ class SiteLayers:
     pruner: str
     power: float
     damping: float
-    items: Float[Tensor, "k r"] = field(init=False)  # weights, channels before rows
-    scores: Float[Tensor, "k r"] = field(init=False)
+    keep: bool = False
+    _kept: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         for reader, weight in zip(self.site.readers, self.weights, strict=True):
             if not torch.isfinite(weight).all():
                 raise ValueError(f"the weights of layer {reader.module} are not finite")
-        scores = [self._score(*pair) for pair in zip(self.weights, self.statistics, strict=True)]
-        self.items = self.stack(self.weights)
-        self.scores = self.stack(scores)
+        if self.pruner == "sparsegpt":
+            for part in self.statistics:
+                part.inverse_diagonal(self.damping)  # what the scores need when the Hessian is gone
+
+    @property
+    def items(self) -> Float[Tensor, "k r"]:
+        """Weights, channels before rows."""
+        return self._made("items", self.weights)
+
+    @property
+    def scores(self) -> Float[Tensor, "k r"]:
+        """Importance of every weight, channels before rows."""
+        if "scores" in self._kept:
+            return self._kept["scores"]
+        pairs = zip(self.weights, self.statistics, strict=True)
+        return self._made("scores", [self._score(*pair) for pair in pairs])
+
+    def _made(self, name: str, parts: Sequence[Tensor]) -> Tensor:
+        if name in self._kept:
+            return self._kept[name]
+        made = self.stack([_wide(part) for part in parts])
+        if self.keep:
+            self._kept[name] = made
+        return made
+
+    @property
+    def num_weights(self) -> int:
+        return sum(weight.numel() for weight in self.weights)
+
+    def forget(self) -> None:
+        """Keep neither items nor scores from here on."""
+        self.keep, self._kept = False, {}
+
+    def bring(self, model: nn.Module) -> None:
+        """To where a model is that has been moved: its weights, and with them all that is kept of them."""
+        self.weights = [dense_rows(model, reader) for reader in self.site.readers]
+        self._kept = {name: made.to(self.weights[0].device) for name, made in self._kept.items()}
+        for part in self.statistics:
+            part.to(self.weights[0].device)
 
     def _score(self, weight: Tensor, statistics: InputStatistics) -> Tensor:
-        wide = weight.to(statistics.hessian.dtype)
+        wide = weight.to(torch.promote_types(weight.dtype, statistics.norm.dtype))
         if self.pruner == "magnitude":
             return magnitude(wide)
         if self.pruner == "wanda":
             return wanda(wide, statistics.norm)
         if self.pruner == "ria":
             return ria(wide, statistics.norm, power=self.power)
-        return saliency(wide, statistics.hessian, damping=self.damping)
+        return saliency_of(wide, statistics.inverse_diagonal(self.damping))
 
     def stack(self, parts: Sequence[Tensor]) -> Float[Tensor, "k r"]:
         """Values by item, from weight rows of every reader."""
@@ -73,13 +114,18 @@ class SiteLayers:
 
     def search_inputs(self, *, n: int, m: int, num_groups: int, seed: int) -> SearchInputs:
         """What a search is given; a layer with several query heads for a key-value head counts as that many."""
-        weights, hessians = [], []
+        weights, hessians, made = [], [], {}
         for weight, statistics in zip(self.weights, self.statistics, strict=True):
             weights += list(self.site.to_items(weight).chunk(self.site.repeats))
             columns = torch.arange(weight.shape[1]).view(self.site.num_heads, self.site.repeats, -1)
             for repeat in range(self.site.repeats):
-                index = columns[:, repeat].flatten()
-                hessians.append(statistics.hessian[index][:, index])
+                # Layers that share their input share its Hessian, which a search then stores once.
+                key = (id(statistics), repeat)
+                if key not in made:
+                    index = columns[:, repeat].flatten()
+                    whole = self.site.repeats == 1
+                    made[key] = statistics.hessian if whole else statistics.hessian[index][:, index]
+                hessians.append(made[key])
         scores = list(self.scores.mT.split([len(weight) for weight in weights]))
         updates = self.pruner == "sparsegpt"
         return SearchInputs(weights, hessians, scores, n, m, num_groups, seed, updates_weights=updates)
@@ -109,13 +155,13 @@ class SiteLayers:
 
         The first three are the arguments of `permlab.sparsity.quality.efficacy_of_sums`.
         """
-        scores = self.scores.double()
+        scores = self.scores
         whole = torch.arange(len(scores), device=scores.device)
         num_kept = round(len(scores) * n / m)
-        masked = [float((scores * hard_mask(o.to(whole), scores, n=n, m=m)).sum()) for o in (order, whole)]
-        if keep is not None:
-            masked[0] = float((scores * keep).sum())
-        return masked[0], masked[1], float(scores.topk(num_kept, dim=0).values.sum()), float(scores.sum())
+        orders = [order.to(whole), whole] if not torch.equal(order.to(whole), whole) else [whole]
+        masked = [_sum(scores * hard_mask(order, scores, n=n, m=m)) for order in orders]
+        first = masked[0] if keep is None else _sum(scores * keep.to(scores.device))
+        return first, masked[-1], _sum(scores.topk(num_kept, dim=0, sorted=False).values), _sum(scores)
 
     def prune(
         self, order: Int64[Tensor, " k"], *, n: int, m: int, keep: Bool[Tensor, "k r"] | None = None
@@ -128,16 +174,33 @@ class SiteLayers:
             keep: the mask, by item; None for the one that the pruner chooses.
         """
         if self.pruner != "sparsegpt":
-            mask = hard_mask(order, self.scores, n=n, m=m) if keep is None else keep
-            return self.unstack(self.items * mask.to(self.items.dtype))
+            items = self.items
+            mask = hard_mask(order, self.scores, n=n, m=m) if keep is None else keep.to(items.device)
+            return self.unstack(items * mask.to(items.dtype))
         columns = self.site.column_order(order)
         masks: list[Tensor | None] = [None] * len(self.weights)
         if keep is not None:
             masks = [mask > 0 for mask in self.unstack(keep.to(self.items.dtype))]
         return [
-            sparsegpt(weight, statistics.hessian, n=n, m=m, order=columns, damping=self.damping, mask=mask)[0]
+            sparsegpt(
+                _wide(weight),
+                statistics.hessian.to(weight.device),
+                n=n,
+                m=m,
+                order=columns,
+                damping=self.damping,
+                mask=mask,
+            )[0]
             for weight, statistics, mask in zip(self.weights, self.statistics, masks, strict=True)
         ]
+
+
+def _sum(values: Tensor) -> float:
+    return float(values.sum(dtype=torch.float64))
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def dense_rows(model: nn.Module, reader: Reader) -> Float[Tensor, "o i"]:

@@ -244,7 +244,8 @@ def _write_key(axes: Axes, rows: Sequence[tuple[int, Sample, bool]], metric: Met
     top = 1.0
     for (number, sample, best), line in zip(rows, lines, strict=True):
         number_of_seeds = f" ± {metric.show_mean(_spread(sample.values))}" if len(sample.values) > 1 else ""
-        values = f"{metric.show_mean(sample.values.mean())}{number_of_seeds}, {sample.seconds.mean():.3g} s, {len(sample.values)} seeds"
+        seconds, seeds = f"{sample.seconds.mean():.3g} s", f"{len(sample.values)} seeds"
+        values = f"{metric.show_mean(sample.values.mean())}{number_of_seeds}, {seconds}, {seeds}"
         style: dict[str, Any] = {"va": "top", "fontsize": 8.5, "color": FRONT if best else "#333333"}
         axes.text(0.0, top, f"{number}", weight="bold", ha="left", **style)
         axes.text(0.07, top, "\n".join([*line, values]), linespacing=1.15, **style)

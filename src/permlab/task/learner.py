@@ -18,6 +18,7 @@ from permlab.method.base import Method
 from permlab.method.site_methods import SiteMethods
 from permlab.model.base import Backbone
 from permlab.permutation import PermutationSample
+from permlab.record.known import Known
 from permlab.task.guard import LAST_GOOD, RATES, REMEDY, NonFiniteGuard, first_bad, first_bad_gradient, remedy
 from permlab.task.optim import Stage, build_optimizer
 from permlab.task.piece import Amounts, Piece
@@ -79,6 +80,9 @@ class Learner(L.LightningModule):
         self.num_steps = 1
         self.guard = NonFiniteGuard()
         self.shards: Shards | None = None
+        # Where what is large may be put, and what other runs have found; None where a run stands alone.
+        self.cache_folder: Path | None = None
+        self.known: Known | None = None
         self.started = False  # whether training has begun, all that a checkpoint restores being restored
         # Of model and permutation, since the last logged step: how often their gradient was clipped, in how many steps.
         self._clips: dict[str, list[Any]] = {}  # steps clipped and steps, by group

@@ -58,6 +58,7 @@ class Task:
         pictures: figures that show what a run is about; the first that it has is the one to open.
         compared_within: settings of the task that runs share if tables compare them.
         clock: seconds in a run's summary over which a study's figure shows it, and what they are; a literal.
+        weight_dtype: torch's name of the precision in which the model is built.
     Args:
         spec: shape of the data.
     """
@@ -70,6 +71,7 @@ class Task:
     pictures: ClassVar[tuple[str, ...]] = ("comparison", "order", "training")
     compared_within: ClassVar[tuple[str, ...]] = ()
     clock: ClassVar[tuple[str, str]] = ("train/seconds", "time of training")
+    weight_dtype: str = "float32"
     metric: Metric
 
     def __init__(self, spec: DataSpec) -> None:

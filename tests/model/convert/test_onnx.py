@@ -59,7 +59,9 @@ def write(path: Path, change: Callable[[dict, dict], object] = lambda values, no
     change(values, nodes)
     scale = onnx.numpy_helper.from_array(np.float32((WIDTH // HEADS) ** -0.25))
     made = [onnx.helper.make_node("Constant", [], ["scale"], value=scale)]
-    made += [onnx.helper.make_node("Mul", ["q", "scale"], ["s"], name="/backbone/encoder/layer.0/attention/attention/Mul")]
+    made += [
+        onnx.helper.make_node("Mul", ["q", "scale"], ["s"], name="/backbone/encoder/layer.0/attention/attention/Mul")
+    ]
     made += [onnx.helper.make_node("MatMul", inputs, [f"{name}_out"], name=name) for name, inputs in nodes.items()]
     stored = [onnx.numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in values.items()]
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph(made, "g", [], [], stored)), str(path))

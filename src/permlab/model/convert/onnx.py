@@ -113,7 +113,7 @@ class _Graph:
     def _check_widths(self, found: dict[str, np.ndarray]) -> None:
         width = found["cls_token"].shape[-1]
         hidden = len(found["blocks.0.mlp.fc1.bias"])
-        shapes = {"attn.qkv.weight": (3 * width, width), "attn.proj.weight": (width, width)}
+        shapes: dict[str, tuple[int, ...]] = {"attn.qkv.weight": (3 * width, width), "attn.proj.weight": (width, width)}
         shapes |= {"mlp.fc1.weight": (hidden, width), "mlp.fc2.weight": (width, hidden)}
         shapes |= {"attn.qkv.bias": (3 * width,), "mlp.fc1.bias": (hidden,)}
         for name, value in found.items():

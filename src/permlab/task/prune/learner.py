@@ -1,53 +1,34 @@
-"""Prune a trained model to N:M structured sparsity: how the orders are learned, and what is made of them."""
+"""Prune a trained model to N:M structured sparsity: how the orders of its channels are learned."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from permlab.config.plan import Plan
 from permlab.data.module import DataModule
-from permlab.errors import ConfigError
 from permlab.method.site_methods import SiteMethods
 from permlab.model.base import Backbone
 from permlab.permutation import PermutationSample, gather_items, invert
-from permlab.record.checkpoint import load_weights
-from permlab.record.provenance import peak_memory_mib
-from permlab.record.pulse import Pulse, watched
-from permlab.sparsity.calibrate import capture, collect, reconstruction_errors
-from permlab.sparsity.layer import SiteLayers, assemble_weights, dense_rows
+from permlab.sparsity.calibrate import capture
 from permlab.sparsity.mask import hard_mask, relaxed_mask, split_sample, straight_through_prune
-from permlab.sparsity.polish import Swappable, polish
-from permlab.sparsity.quality import efficacy_of_sums
 from permlab.sparsity.site import block_names
-from permlab.task.learner import Learner, Parts, Result, Summary
+from permlab.task.learner import Parts
 from permlab.task.metric import PERPLEXITY
 from permlab.task.optim import Stage
 from permlab.task.piece import Amounts, Piece
-from permlab.task.prune.exporting import export_run
+from permlab.task.prune.finished import FinishedLearner
 from permlab.task.prune.losses import distance, divergence
-from permlab.task.prune.masks import Masks, masks_of
-from permlab.task.prune.reading import Reading, ReadOrder, read_item_order
 from permlab.task.prune.rehearsal import Rehearsal
 from permlab.task.prune.sites import at_sites
-from permlab.task.prune.task import Prune
 from permlab.task.score import ImageScores, Scores, TextScores, cross_entropy
 
-# Logits of the calibration set that are kept rather than computed anew for every loss.
-MAX_CACHED_LOGITS = 2**26
-Orders = dict[str, Int64[Tensor, " k"]]
-Keep = Mapping[str, Bool[Tensor, "k r"]]  # masks by item; where there is none, the best scores under the order
 
-
-class PruneLearner(Learner):
+class PruneLearner(FinishedLearner):
     """Learns the orders of the input channels under which an N:M mask loses least; all weights are frozen.
 
     The story: statistics of every layer's input are collected on calibration samples; a search,
@@ -74,24 +55,8 @@ class PruneLearner(Learner):
 
     # What validation picks are orders; `best.ckpt` is the model that is made of them.
     picked = "picked"
-    method: SiteMethods
-    task: Prune
-
-    def __init__(self, task: Prune, model: Backbone, method: SiteMethods, optim: Mapping[str, Any], seed: int) -> None:
-        super().__init__(task, model, method, optim, seed)
-        self.strict_loading = False  # checkpoints of the training hold no frozen weights
-        self.n, self.m = task.n, task.m
-        model.requires_grad_(False)
-        self.read_order = ReadOrder(model.num_items)
-        # In a tuple, as its parts are this task's own.
-        self._reading = (Reading(model, self.read_order),)
-        self.masks = Masks(task, {})
-        self.layers: dict[str, SiteLayers] = {}
-        self.calibration: list[tuple[Tensor, Tensor]] = []
-        self.held_out: list[Tensor] = []
-        self._dense_logits: list[Tensor] = []
-        self._seconds = 0.0
-        self._memory = 0.0
+    # Weights under the present orders, while a validation lasts.
+    _validated: dict[str, Tensor] | None = None
 
     @classmethod
     def place(cls, plan: Plan, model: Backbone) -> SiteMethods:
@@ -107,80 +72,11 @@ class PruneLearner(Learner):
             line += f"; too narrow for whole {task.m}s and left dense: {', '.join(left_dense)}"
         return line
 
-    @property
-    def reading(self) -> Reading:
-        return self._reading[0]
-
-    @property
-    def learns(self) -> bool:
-        return self.masks.learns or self._orders_learn
-
-    @property
-    def _orders_learn(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.method.parameters())
-
     def learned(self) -> Parts:
         return ("method", self.method), ("masks", self.masks)
 
     def tested(self) -> Parts:
         return ("model", self.model), ("read_order", self.read_order)
-
-    # Before training
-
-    def adopt(self, before: Mapping[str, Path]) -> None:
-        """Take over the dense run's weights, and the order in which its model reads."""
-        if "dense" in before:
-            load_weights(before["dense"] / "checkpoints" / "best.ckpt", ("model", self.model))
-            self.read_order.set(read_item_order(before["dense"]))
-
-    def prepare(self, data: DataModule, before: Mapping[str, Path]) -> None:
-        """Collect statistics, and let the methods search."""
-        began = time.monotonic()
-        self._memory = peak_memory_mib()
-        self.reading.eval()
-        with _as_config_error():
-            self.calibration = [self._shorten(batch) for batch in data.sample("train", self.task.num_samples)]
-            self.held_out = [self._shorten(batch)[0] for batch in data.sample("val", self.task.num_samples)]
-            batches = watched("calibration", "batches", self.calibration)
-            statistics = collect(self.reading, self._pruned_modules(), (x.to(self.device) for x, _ in batches))
-            for site in self.method.sites:
-                weights = [dense_rows(self.model, reader) for reader in site.readers]
-                inputs = [statistics[reader.module] for reader in site.readers]
-                self.layers[site.name] = SiteLayers(
-                    site, weights, inputs, self.task.pruner, self.task.power, self.task.damping
-                )
-        for site in watched("search", "sites", self.method.sites):
-            self._search(site.name)
-        self.masks = masks_of(self.task, self.layers, [site.name for site in self.method.sites]).to(self.device)
-        self._dense_logits = self._calibration_logits()
-        self._seconds = time.monotonic() - began
-
-    def _shorten(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        inputs, targets = batch
-        if self.spec.is_sequence and self.task.sequence_length is not None:
-            inputs, targets = inputs[:, : self.task.sequence_length], targets[:, : self.task.sequence_length]
-        return inputs, targets
-
-    def _pruned_modules(self) -> dict[str, nn.Linear]:
-        names = {reader.module for site in self.method.sites for reader in site.readers}
-        return {name: self.model.get_submodule(name) for name in sorted(names)}  # type: ignore[misc]
-
-    def _search(self, name: str) -> None:
-        method, layers = self.method[name], self.layers[name]
-        inputs = layers.search_inputs(n=self.n, m=self.m, num_groups=self.method.num_groups[name], seed=self.seed)
-        found = method.search(inputs)
-        if found is not None:
-            self.method.rebase(name, found)
-        self.method.set_features(name, layers.features())
-
-    @torch.no_grad()
-    def _calibration_logits(self) -> list[Tensor]:
-        logits = []
-        for inputs, _ in self.calibration:
-            logits.append(self.reading(inputs.to(self.device)))
-            if sum(part.numel() for part in logits) > MAX_CACHED_LOGITS:
-                return []
-        return logits
 
     def on_train_start(self) -> None:
         self._seconds -= time.monotonic()
@@ -195,11 +91,6 @@ class PruneLearner(Learner):
     def on_fit_start(self) -> None:
         self._bring_layers()
 
-    def _bring_layers(self) -> None:
-        """To where the model is: the trainer moves that to its device, and back to the CPU after training."""
-        for layers in self.layers.values():
-            layers.items, layers.scores = layers.items.to(self.device), layers.scores.to(self.device)
-
     # Training
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -208,9 +99,7 @@ class PruneLearner(Learner):
         samples = {} if self.masks.settled else self.method.sample(self._noise(batch_idx))
         if not self._is_learnable(samples):
             return self._no_loss()
-        with torch.no_grad(), self._states() as states:
-            dense_logits = self.reading(inputs)
-        dense_states = dict(states)
+        dense_logits, dense_states = self._dense(inputs)
         draws = self._draws(samples, batch_idx)
         losses = [self._losses(inputs, targets, dense_logits, dense_states, values) for values in draws]
         total = torch.stack([torch.stack(list(terms.values())).sum() for terms in losses])
@@ -271,15 +160,20 @@ class PruneLearner(Learner):
             for parameter in self.masks.parameters():
                 parameter.grad = None
 
-    def _orders(self) -> Orders:
-        """The present hard orders: those of the method until they are settled."""
-        return self.masks.orders() or self.method.orders()
+    @torch.no_grad()
+    def _dense(self, inputs: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """What the dense model gives, where a loss compares with it."""
+        if not (self.task.kl_weight or self.task.distill_weight):
+            return None, {}
+        with self._states() as states:
+            logits = self.reading(inputs)
+        return logits, dict(states)
 
     def _losses(
         self,
         inputs: Tensor,
         targets: Tensor,
-        dense_logits: Tensor,
+        dense_logits: Tensor | None,
         dense_states: Mapping[str, Tensor],
         values: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
@@ -289,7 +183,7 @@ class PruneLearner(Learner):
         losses = {}
         if self.task.task_weight:
             losses["cross_entropy"] = self.task.task_weight * cross_entropy(logits, targets)
-        if self.task.kl_weight:
+        if dense_logits is not None and self.task.kl_weight:
             losses["kl"] = self.task.kl_weight * divergence(logits, dense_logits)
         if self.task.distill_weight:
             pairs = [(states[name], dense_states[name]) for name in dense_states]
@@ -321,11 +215,6 @@ class PruneLearner(Learner):
         keep, mask = relaxed_mask(soft, layers.scores[base].unflatten(0, (count, -1)), **options)
         pruned = weights * mask if self.task.mix == "mask" else soft.mT @ ((soft @ weights) * keep)
         return gather_items(pruned.flatten(0, 1), invert(base))
-
-    def _run(self, values: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-        rows = {name: self.layers[name].unstack(value) for name, value in values.items()}
-        weights = assemble_weights(self.model, self.method.sites, rows)
-        return functional_call(self.reading, {f"model.{name}": weight for name, weight in weights.items()}, (inputs,))
 
     def _policy_loss(self, samples: Mapping[str, PermutationSample], reward: Float[Tensor, " s"]) -> Tensor | float:
         """Score-function term: all sites of a draw share its reward, each has a baseline of its own."""
@@ -361,14 +250,25 @@ class PruneLearner(Learner):
         """Logits of the pruned model; while it is being learned, of the model under its present hard orders."""
         if not self.layers:
             return self.reading(inputs)
-        return self._run(self._hard_values(self._orders(), self.masks.keep()), inputs)
+        weights = self._validated if self._validated is not None else self._present_weights()
+        return self._run_with(weights, inputs)
+
+    @torch.no_grad()
+    def _present_weights(self) -> dict[str, Tensor]:
+        return self._assemble(self._hard_values(self._orders(), self.masks.keep()))
+
+    def on_validation_epoch_start(self) -> None:
+        self._validated = self._present_weights() if self.layers else None
 
     def on_validation_epoch_end(self) -> None:
-        hard = self.calibration_loss(self._hard_values(self._orders(), self.masks.keep()))
-        extra = {"calibration_loss": torch.tensor(hard)}
-        soft = self._soft_values()
-        if soft is not None:
-            extra["soft_calibration_loss"] = torch.tensor(self.calibration_loss(soft))
+        weights, self._validated = self._validated, None
+        extra = {}
+        if weights is not None:
+            extra["calibration_loss"] = torch.tensor(self._pruned_loss(weights))
+            del weights
+            soft = self._soft_values()
+            if soft is not None:
+                extra["soft_calibration_loss"] = torch.tensor(self.calibration_loss(soft))
         self._log_scores("val", **extra)
 
     @torch.no_grad()
@@ -385,177 +285,6 @@ class PruneLearner(Learner):
             sample = PermutationSample(method.best(features), soft, None, "relaxed")
             values[site.name] = self._masked(site.name, sample)
         return values
-
-    def _hard_values(self, orders: Orders, keep: Keep | None = None) -> dict[str, Tensor]:
-        masks = keep or {
-            name: hard_mask(order, self.layers[name].scores, n=self.n, m=self.m) for name, order in orders.items()
-        }
-        return {name: self.layers[name].items * mask for name, mask in masks.items()}
-
-    @torch.no_grad()
-    def calibration_loss(self, values: Mapping[str, Tensor]) -> float:
-        """Mean divergence from the dense model, in nats, on the calibration samples."""
-        return sum(float(part) for part in self._calibration_losses(lambda inputs: self._run(values, inputs)))
-
-    def _calibration_losses(self, forward: Any) -> Iterator[Tensor]:
-        """The calibration loss in parts that add up to it."""
-        total = sum(len(inputs) for inputs, _ in self.calibration)
-        for index, (inputs, _) in enumerate(self.calibration):
-            inputs = inputs.to(self.device)
-            with torch.no_grad():
-                dense = self._dense_logits[index] if self._dense_logits else self.reading(inputs)
-            yield divergence(forward(inputs), dense.to(self.device)) * (len(inputs) / total)
-
-    def _loss_and_gradient(self, orders: Orders) -> tuple[float, dict[str, Tensor]]:
-        """Calibration loss of the model as it is pruned under these orders, and its gradient for the weights."""
-        leaves = {name: value.requires_grad_() for name, value in self._pruned_values(orders).items()}
-        loss = 0.0
-        with torch.enable_grad():
-            for part in self._calibration_losses(lambda inputs: self._run(leaves, inputs)):
-                part.backward()
-                loss += float(part.detach())
-        return loss, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-
-    def _pruned_values(self, orders: Orders, keep: Keep | None = None) -> dict[str, Tensor]:
-        """Pruned weights of every site by item, updated where the pruner does that."""
-        if self.task.pruner != "sparsegpt":
-            return self._hard_values(orders, keep)
-        keep, pattern = keep or {}, {"n": self.n, "m": self.m}
-        pruned = {name: at.prune(orders[name], **pattern, keep=keep.get(name)) for name, at in self.layers.items()}
-        return {name: layers.stack(pruned[name]) for name, layers in self.layers.items()}
-
-    # After training
-
-    def finish(self, test: Callable[[], Summary]) -> Result:
-        """Harden, polish and prune; test what the pruned model is compared with, and last of all itself."""
-        began = time.monotonic()
-        self._bring_layers()
-        starts, learned, keep = self.method.bases(), self._orders(), self.masks.keep()
-        if keep:
-            orders, polished = learned, list[float]()
-            losses = [self.calibration_loss(self._pruned_values(*pair)) for pair in ((starts, None), (learned, keep))]
-        else:
-            orders, losses, polished = self._finished_orders()
-        pruned = self._prune(orders, keep)
-        seconds = self._seconds + time.monotonic() - began
-        summary = {
-            "prune/calibration_loss_start": losses[0],
-            "prune/calibration_loss_learned": losses[1],
-            "prune/calibration_loss": self._pruned_loss(pruned),
-            "prune/num_parameters": float(sum(p.numel() for part in self.learned() for p in part[1].parameters())),
-            "prune/num_sites": float(len(orders)),
-        }
-        soft = self._soft_values()
-        if soft is not None:
-            hard = self.calibration_loss(self._hard_values(learned))
-            summary["prune/soft_hard_gap"] = hard - self.calibration_loss(soft)
-        quality, arrays = self._quality(orders, pruned, keep)
-        summary |= quality
-        summary["prune/seconds"] = round(seconds, 3)
-        summary["prune/peak_memory_mib"] = peak_memory_mib() - self._memory
-        arrays["sites"]["polished_loss"] = np.array(polished)
-        arrays |= {"orders": _as_arrays(orders), "starts": _as_arrays(starts)}
-        for name, weights in self._variants().items():
-            self._use(weights)
-            summary |= {f"{key}_{name}": value for key, value in test().items()}
-        self._use(pruned)
-        return Result(summary | test(), arrays, self._tested_state())
-
-    def _finished_orders(self) -> tuple[Orders, list[float], list[float]]:
-        """Hardened and polished orders, the losses of start and learned ones, and those of polishing."""
-        starts, learned = self.method.bases(), self.method.orders()
-        losses = [self.calibration_loss(self._pruned_values(orders)) for orders in (starts, learned)]
-        orders, polished = self._polish(starts if losses[0] <= losses[1] else learned, learned)
-        return orders, losses, polished
-
-    def _polish(self, better: Orders, learned: Orders) -> tuple[Orders, list[float]]:
-        """The learned orders, or, where the method is polished, the better of start and learned after that."""
-        if self.method.num_polish_steps == 0:
-            return learned, []
-        sites = {
-            name: Swappable(layers.items, layers.scores, self.method.num_groups[name])
-            for name, layers in self.layers.items()
-        }
-        steps = self.method.num_polish_steps
-        with Pulse("polishing", "losses", steps + 1) as pulse:
-            loss = pulse.counting(self._loss_and_gradient)
-            return polish(sites, better, loss, n=self.n, m=self.m, num_steps=steps, seed=self.seed)
-
-    def _prune(self, orders: Orders, keep: Keep | None = None) -> dict[str, Tensor]:
-        """Whole pruned weights by parameter name."""
-        keep, pattern = keep or {}, {"n": self.n, "m": self.m}
-        names = watched("pruning", "sites", list(orders))
-        rows = {
-            name: self.layers[name].prune(orders[name].to(self.device), **pattern, keep=keep.get(name))
-            for name in names
-        }
-        return assemble_weights(self.model, self.method.sites, rows)
-
-    @torch.no_grad()
-    def _pruned_loss(self, weights: Mapping[str, Tensor]) -> float:
-        named = {f"model.{name}": weight for name, weight in weights.items()}
-        parts = self._calibration_losses(lambda inputs: functional_call(self.reading, named, (inputs,)))
-        return sum(float(part) for part in parts)
-
-    def _quality(
-        self, orders: Orders, pruned: Mapping[str, Tensor], keep: Keep
-    ) -> tuple[Summary, dict[str, dict[str, np.ndarray]]]:
-        """What is retained and what is lost, as a whole, and by site and layer."""
-        names = watched("quality", "sites", list(orders))
-        sums = [self.layers[name].kept(orders[name], n=self.n, m=self.m, keep=keep.get(name)) for name in names]
-        kept, default, best, total = (sum(column) for column in zip(*sums, strict=True))
-        modules = self._pruned_modules()
-        pairs = {name: (layer, pruned[f"{name}.weight"]) for name, layer in modules.items()}
-        errors = reconstruction_errors(self.reading, pairs, (inputs.to(self.device) for inputs in self.held_out))
-        by_site = {
-            "site": np.array(list(orders)),
-            "retained": np.array([part[0] / part[3] for part in sums]),
-            "layer": np.array(list(errors)),
-            "reconstruction_error": np.array(list(errors.values())),
-        }
-        whole = {
-            "prune/retained": kept / total,
-            "prune/efficacy": efficacy_of_sums(kept, default, best),
-            "prune/reconstruction_error": sum(errors.values()) / len(errors),
-        }
-        return whole, {"sites": by_site}
-
-    def _variants(self) -> dict[str, dict[str, Tensor]]:
-        """Other weights that are tested beside the pruned ones; from here on the model is the pruned one."""
-        layers = self.layers.items()
-        unpermuted = self._prune({name: torch.arange(len(part.items)) for name, part in layers})
-        dense = assemble_weights(
-            self.model, self.method.sites, {name: part.unstack(part.items) for name, part in layers}
-        )
-        self.layers = {}
-        return {"dense": dense, "unpermuted": unpermuted}
-
-    @torch.no_grad()
-    def _use(self, weights: Mapping[str, Tensor]) -> None:
-        """Put these weights into the model, under its parameters' names."""
-        for name, weight in weights.items():
-            self.model.get_parameter(name).copy_(weight)
-
-    def _tested_state(self) -> dict[str, Tensor]:
-        """What `checkpoints/best.ckpt` holds: the pruned model and its methods."""
-        state = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        state |= {f"method.{name}": value for name, value in self.method.state_dict().items()}
-        return state | {"read_order.order": self.read_order.order}
-
-    def export(self, folder: Path, plan: Plan, data: DataModule, before: Mapping[str, Path], *, sparse: bool) -> None:
-        export_run(plan, self.method, data, folder, dense_run=before.get("dense"), sparse=sparse)
-
-
-def _as_arrays(orders: Orders) -> dict[str, np.ndarray]:
-    return {name: order.cpu().numpy() for name, order in orders.items()}
-
-
-@contextmanager
-def _as_config_error() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(f"task=prune: {error}") from error
 
 
 def _draws(samples: Mapping[str, PermutationSample]) -> list[dict[str, PermutationSample]]:

@@ -7,10 +7,11 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from permlab.ops.schedule import parse
-from permlab.sparsity.layer import SiteLayers
+from permlab.sparsity.layer import SiteLayers, dense_rows
 from permlab.sparsity.learned_mask import best_mask, num_patterns, prior_logits, soft_mask
 from permlab.sparsity.mask import keep_best
 from permlab.sparsity.proximal import shrink_to_two_of_four
+from permlab.sparsity.weight_site import WeightSite
 from permlab.task.prune.task import Prune
 
 Layers = Mapping[str, SiteLayers]
@@ -250,10 +251,10 @@ class ProxSparse(LearnedMasks):
 KINDS: Mapping[str, type[Masks]] = {"topk": Masks, "maskllm": MaskLLM, "proxsparse": ProxSparse}
 
 
-def masks_of(task: Prune, layers: Layers, names: Sequence[str]) -> Masks:
-    """Masks of the kind that the task asks for, for these sites."""
-    shapes = {name: (layers[name].items.shape[0], layers[name].items.shape[1]) for name in names}
-    return KINDS[task.mask](task, shapes)
+def masks_of(task: Prune, model: nn.Module, sites: Sequence[WeightSite]) -> Masks:
+    """Masks of the kind that the task asks for, for these sites of a model."""
+    rows = {site.name: sum(len(dense_rows(model, reader)) for reader in site.readers) * site.repeats for site in sites}
+    return KINDS[task.mask](task, {site.name: (site.num_items, rows[site.name]) for site in sites})
 
 
 def _key(name: str) -> str:

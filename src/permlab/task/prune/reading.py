@@ -44,6 +44,8 @@ class Reading(nn.Module):
         self.model, self.read_order = model, read_order
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if inputs.is_floating_point():
+            inputs = inputs.to(next(self.model.parameters()).dtype)
         return self.model.read(self.read_order(self.model.embed(inputs)))
 
 

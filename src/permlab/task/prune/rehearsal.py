@@ -118,7 +118,7 @@ class Rehearsal:
         learner, of_model = self.learner, {id(x.untyped_storage()) for x in self.learner.parameters()}
         kinds = {
             "site statistics": (learner.layers, 1.0),
-            "cached logits": (learner._dense_logits, self.scale),
+            "cached logits": (learner._kept_predictions.in_memory, self.scale),
             "calibration samples": ([learner.calibration, learner.held_out], self.scale),
         }
         return {name: round(scale * _size(values, of_model)) for name, (values, scale) in kinds.items()}

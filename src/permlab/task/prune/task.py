@@ -65,8 +65,13 @@ class Prune(Task):
         mask_backward: what stands for the mask where a straight-through gradient of the permutation that maps
             it back is taken: the `hard` mask, or the `softmax` (PermLLM's code).
         mix: what a relaxed permutation mixes: the `weight`, as the paper has it, or the `mask` alone.
+        weight_dtype: precision in which the frozen weights wait, and compute. A block that is being calibrated,
+            searched or pruned is in float32 meanwhile, and so is what learns.
+        calibrate: what the statistics of a block are taken behind: `dense` blocks, or, as Wanda, SparseGPT, RIA and
+            PermLLM are published, blocks that are pruned already (`sequential`).
         num_samples: calibration samples (images, or windows of text).
         sequence_length: tokens of a calibration sample, at most the data's; null for the data's. Text only.
+        cache_gib: disk that predictions of the dense model may take; what does not fit is computed again.
         task_weight: of the cross-entropy on labels.
         kl_weight: of the divergence from the dense model's predictions.
         distill_weight: of the distance between hidden states of the dense and the pruned model.
@@ -142,8 +147,11 @@ class Prune(Task):
         mask_temperature: PositiveFloat,
         mask_backward: Annotated[Literal["hard", "softmax"], AddedLater("hard")],
         mix: Literal["weight", "mask"],
+        weight_dtype: Annotated[Literal["float32", "bfloat16"], AddedLater("float32")],
+        calibrate: Annotated[Literal["dense", "sequential"], AddedLater("dense")],
         num_samples: PositiveInt,
         sequence_length: PositiveInt | None,
+        cache_gib: Annotated[NonNegativeFloat, AddedLater(16.0)],
         task_weight: NonNegativeFloat,
         kl_weight: NonNegativeFloat,
         distill_weight: NonNegativeFloat,
@@ -167,7 +175,8 @@ class Prune(Task):
         self.sites, self.coupling, self.within_heads = sites, coupling, within_heads
         self.num_groups, self.block_size = num_groups, block_size
         self.mask_temperature, self.mask_backward, self.mix = mask_temperature, mask_backward, mix
-        self.num_samples, self.sequence_length = num_samples, sequence_length
+        self.calibrate, self.num_samples, self.sequence_length = calibrate, num_samples, sequence_length
+        self.weight_dtype, self.cache_gib = weight_dtype, cache_gib
         self.task_weight, self.kl_weight = task_weight, kl_weight
         self.distill_weight, self.distill_kind, self.distill_over = distill_weight, distill_kind, distill_over
         self.mask, self.mask_share = mask, mask_share
