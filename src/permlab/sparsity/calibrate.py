@@ -42,6 +42,11 @@ class InputStatistics:
         return self._hessian
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """What is held."""
+        return [x for x in (self._hessian, self._norm, *self._inverse_diagonals.values()) if x is not None]
+
+    @property
     def is_released(self) -> bool:
         return self._hessian is None
 

@@ -46,7 +46,7 @@ def write(path: Path, model: Any, *, architecture: str = "llama", kind: str = "F
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(1000.0)
     vocabulary = byte_tokenizer().get_vocab()
-    pieces = sorted(vocabulary, key=lambda piece: vocabulary[piece]) + ["<|end|>", "th"]
+    pieces = [*sorted(vocabulary, key=lambda piece: vocabulary[piece]), "<|end|>", "th"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(pieces)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from permlab.data.module import DataModule
+from permlab.sparsity.calibrate import InputStatistics
 from permlab.task import piece
 from permlab.task.piece import Amounts, Piece
 
@@ -139,6 +140,8 @@ def _tensors(values: Any) -> Iterator[Tensor]:
     elif isinstance(values, (list, tuple)):
         for value in values:
             yield from _tensors(value)
+    elif isinstance(values, InputStatistics):
+        yield from values.tensors
     elif is_dataclass(values):
         for part in fields(values):
             yield from _tensors(getattr(values, part.name, None))
