@@ -192,6 +192,11 @@ def test_every_configuration_file_composes_and_validates(group: str, name: str) 
     if group == "data" and "root" in (CONF / group / f"{name}.yaml").read_text():
         assert "data" in problems_of(f"data={name}", "paths.data=no-such-folder")[0]
         return
+    if (
+        group == "model" and compose_config("train", [f"model={name}"])[0]["model"].get("width", 0) is None
+    ):  # a checkpoint's
+        assert problems_of(f"model={name}", "paths.data=no-such-folder")[0].startswith("model.pretrained=")
+        return
     plan, warnings = resolve_train([f"{group}={name}", *_company(group, name)])
     assert plan.config[group]["name"] == name
     assert not warnings

@@ -12,7 +12,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -356,6 +356,8 @@ def others(value: Any) -> list[Any]:
         return [2, 0.5]
     if isinstance(value, int):
         return [value // 2, 2 * value, value + 1, 1]
+    if isinstance(value, Mapping):  # a schedule; a number is one, too
+        return [1.0, 0.5]
     return [value + 0.5, value / 2]
 
 

@@ -195,7 +195,14 @@ def test_what_a_dataset_refuses_is_an_error_of_the_configuration(tmp_path: Path)
 
 # Samples to calibrate on
 
-TEXT = {"name": "pydocs", "component": "pydocs", "sequence_length": 16, "tokenizer": "byte", "vocab_size": 256}
+TEXT = {
+    "split_seed": None,
+    "name": "pydocs",
+    "component": "pydocs",
+    "sequence_length": 16,
+    "tokenizer": "byte",
+    "vocab_size": 256,
+}
 TEXT |= {"val_fraction": 0.05, "test_fraction": 0.05, "batch_size": 8, "num_workers": 0}
 
 
@@ -243,6 +250,6 @@ def test_a_sample_of_text_is_windows_with_their_next_tokens() -> None:
 
 def test_an_empty_split_cannot_be_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     module = module_of(DIGITS, seed=0)
-    monkeypatch.setattr(module, "_dataset", lambda split: [])
+    monkeypatch.setattr(module, "dataset", lambda split: [])
     with pytest.raises(ValueError, match="the val split has no samples"):
         module.sample("val", 4)

@@ -152,7 +152,8 @@ def test_byte_pairs_are_learned_from_the_training_topics_of_the_seed() -> None:
 def test_byte_pairs_are_the_same_in_every_process() -> None:
     code = (
         "from permlab.data.pydocs import Pydocs; import hashlib;"
-        "data = Pydocs(sequence_length=8, tokenizer='bpe', vocab_size=400, val_fraction=0.1, test_fraction=0.1);"
+        "data = Pydocs(sequence_length=8, tokenizer='bpe', vocab_size=400, val_fraction=0.1, test_fraction=0.1,"
+        " split_seed=None);"
         "print(hashlib.sha256(data._tokens('val', 0).tobytes()).hexdigest())"
     )
     outputs = {

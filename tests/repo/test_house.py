@@ -27,6 +27,7 @@ PRUNING_LIVES_IN = ("task/prune/", "sparsity/")
 PRUNING_MAY_BE_NAMED = {
     "timm_models/timm_model.py": "timm's names of a method and of its arguments",
     "ops/nm.py": "its masks have no other name in the field",
+    "model/convert/onnx.py": "names in another program's file",
     "ops/assignment.py": "the title of the paper that it follows",
 }
 METRICS = re.compile("accuracy|perplexity", re.IGNORECASE)

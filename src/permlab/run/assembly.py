@@ -15,6 +15,7 @@ from permlab.method.base import Method
 from permlab.method.site_methods import SiteMethods
 from permlab.model.base import Backbone
 from permlab.model.checkpointing import checkpoint_stages
+from permlab.task.guard import NonFiniteGuard
 from permlab.task.learner import Learner
 
 
@@ -46,6 +47,8 @@ def assemble(plan: Plan, before: Mapping[str, Path] | None = None) -> Assembly:
     except ValueError as error:
         raise ConfigError(f"task={plan.config['task']['name']}: {error}") from error
     learner.adopt(before or {})
+    learner.cache_folder = plan.cache_folder
+    learner.guard = NonFiniteGuard(**{key: plan.config["trainer"][key] for key in ("on_nonfinite", "max_skips")})
     if plan.config["trainer"].get("gradient_checkpointing"):
         try:
             checkpoint_stages(model)

@@ -15,7 +15,6 @@ from permlab.config.words import command
 from permlab.errors import Interrupted
 from permlab.figure.draw import draw_all
 from permlab.record.checkpoint import load_weights
-from permlab.record.known import Known
 from permlab.record.lock import RunLock
 from permlab.record.provenance import device_name
 from permlab.record.pulse import Pulse, say
@@ -38,9 +37,9 @@ from permlab.run import trainer as lightning
 from permlab.run.assembly import Assembly, assemble, opening, place
 from permlab.run.companion import companion_plan, keep_beside, shared
 from permlab.run.estimate import foretold
+from permlab.run.known import known_numbers
 from permlab.run.outlook import Outlook, name_of
 from permlab.study.report import print_report
-from permlab.task.guard import NonFiniteGuard
 from permlab.task.learner import Result, Summary
 
 
@@ -159,10 +158,9 @@ def _fit_and_finish(plan: Plan, parts: Assembly, before: Mapping[str, Path], dis
     saving = lightning.make_saving(plan)
     logger = lightning.make_logger(plan)
     trainer = lightning.training_trainer(plan, parts, logger, saving, display)
-    learner.guard = NonFiniteGuard(**{key: plan.config["trainer"][key] for key in ("on_nonfinite", "max_skips")})
     with end_ranks(trainer):
         learner.to(trainer.strategy.root_device)
-        learner.cache_folder, learner.known = plan.cache_folder, _known(plan, trainer)
+        learner.known = known_numbers(plan, trainer)
         with Pulse("preparation"):
             learner.prepare(parts.data, before)
         L.seed_everything(plan.config["seed"], verbose=False)
@@ -180,24 +178,6 @@ def _fit_and_finish(plan: Plan, parts: Assembly, before: Mapping[str, Path], dis
             logger.mirror_results(summary, draw_all(run_dir) if plan.config["figures"] else [])
     logger.finalize("success")
     return summary
-
-
-def _known(plan: Plan, trainer: L.Trainer) -> Known | None:
-    """Numbers of other runs on the same data, computed alike; none for several ranks, and where all is to be new."""
-    if plan.is_forced or trainer.world_size > 1:
-        return None
-    settings = {key: value for key, value in plan.config["trainer"].items() if key.startswith("limit_")}
-    model = {key: value for key, value in plan.config["model"].items() if key not in ("name", "lr", "pretrained")}
-    facts = {
-        "data": {key: value for key, value in plan.config["data"].items() if key != "num_workers"},
-        "model": model,
-        "seed": plan.task.data_seed(plan),
-        "precision": trainer.precision,
-        "limits": settings,
-        "device": device_name(plan.config["trainer"]["accelerator"]),
-        "torch": torch.__version__,
-    }
-    return Known(plan.cache_folder, facts)
 
 
 def _finish(plan: Plan, parts: Assembly, trainer: L.Trainer) -> Result:

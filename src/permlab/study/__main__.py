@@ -1,7 +1,7 @@
 """Pictures of studies, from their tables.
 
 python -m permlab.study figure real_llm            what every row reaches over the seconds that it takes
-python -m permlab.study figure prune pydocs 2:4    of the sections whose titles have these words
+python -m permlab.study figure real_llm pydocs 2:4   of the sections whose titles have these words
 """
 
 import re

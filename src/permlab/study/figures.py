@@ -116,10 +116,10 @@ def front(samples: Sequence[Sample], metric: Metric) -> list[int]:
     """Places of the rows than which none is as fast and better: the best that can be had in a given time, in its order.
 
     Example:
-        >>> from permlab.task.metric import PERPLEXITY
+        >>> from permlab.task.metric import Metric
         >>> rows = [Sample("a", np.array([9.0]), np.array([5.0])), Sample("b", np.array([1.0]), np.array([7.0])),
         ...         Sample("c", np.array([2.0]), np.array([8.0]))]
-        >>> front(rows, PERPLEXITY)
+        >>> front(rows, Metric("loss", "min"))
         [1, 0]
     """
     sign = 1 if metric.better == "min" else -1

@@ -286,7 +286,8 @@ class Learner(L.LightningModule):
             super().optimizer_step(epoch, batch_idx, optimizer, closure)
         except (RuntimeError, ArithmeticError) as error:
             # Of several ranks, the connection may have failed, which the launcher's side has better words for.
-            if not has_gradients or self.trainer.world_size > 1:
+            # And what torch raises for a data worker that has died comes wherever this process just was.
+            if not has_gradients or self.trainer.world_size > 1 or "DataLoader worker" in str(error):
                 raise
             reason = (str(error).splitlines() or [""])[0]
             raise StepError(

@@ -83,7 +83,10 @@ def test_timm_opens_the_folder_and_computes_the_same(tmp_path: Path) -> None:
         (lambda v, n: v.pop("backbone.embeddings.cls_token"), r"has no tensor backbone\.embeddings\.cls_token"),
         (lambda v, n: n.pop("/backbone/embeddings/Concat_6"), "has no node /backbone/embeddings/Concat_6"),
         (lambda v, n: n.update({"/backbone/encoder/layer.1/mlp/fc1/MatMul": ["a", "b"]}), "0 tensors go into its node"),
-        (lambda v, n: v.update({"backbone.encoder.layer.3.norm1.bias": v["backbone.layernorm.bias"]}), r"blocks \[0, 1, 3\]"),
+        (
+            lambda v, n: v.update({"backbone.encoder.layer.3.norm1.bias": v["backbone.layernorm.bias"]}),
+            r"blocks \[0, 1, 3\]",
+        ),
         (lambda v, n: v.clear(), "has no tensor"),
         (
             lambda v, n: v.update({"backbone.encoder.layer.0.mlp.fc2.bias": np.zeros(5, np.float32)}),

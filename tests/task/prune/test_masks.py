@@ -54,7 +54,8 @@ def assert_n_of_m(learner: PruneLearner) -> None:
 )
 def test_a_law_starts_at_the_pruners_mask(words: tuple[str, ...]) -> None:
     learner = learner_of("method=deal_and_match", "task.mask=maskllm", *words)
-    assert learner.masks.keep() == {} and learner.masks.orders() == {}
+    assert learner.masks.keep() == {}
+    assert learner.masks.orders() == {}
     learner.advance(0)
     orders = learner.method.orders()
     for name, mask in learner.masks.keep().items():
@@ -100,7 +101,8 @@ def test_what_a_law_trains_on_is_the_frozen_weight_under_a_soft_mask() -> None:
     for name, value in values.items():
         items = learner.layers[name].items
         share = (value / items).unflatten(0, (-1, 4))
-        assert share.min() >= 0 and share.max() <= 1.0001
+        assert share.min() >= 0
+        assert share.max() <= 1.0001
         assert torch.allclose(share.sum(1), torch.tensor(2.0), atol=1e-3)
         kept += float(value.detach().square().sum())
     assert float(learner.masks.penalty(learner.layers)) == pytest.approx(-0.01 * kept, rel=1e-4)
@@ -140,7 +142,8 @@ def test_orders_learn_first_and_then_stay() -> None:
         loss_of(learner).backward()
         learner.on_before_optimizer_step(None)
         grads = [[p.grad is not None for p in part.parameters()] for part in (learner.method, learner.masks)]
-        assert all(grads[step >= 6]) and not any(grads[step < 6])
+        assert all(grads[step >= 6])
+        assert not any(grads[step < 6])
         learner.zero_grad()
         if step == 5:
             for parameter in learner.method.parameters():
@@ -177,7 +180,8 @@ def test_what_is_learned_is_in_the_state(kind: str) -> None:
     other.masks.load_state_dict(learner.masks.state_dict())
     assert other.masks.settled
     ours, theirs = learner.masks.keep(), other.masks.keep()
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_logits_and_weights_are_no_more_than_announced() -> None:
@@ -196,12 +200,24 @@ def test_logits_and_weights_are_no_more_than_announced() -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (("task.mask=proxsparse", "task.n=1"), "task.mask=proxsparse: its regulariser is for 2:4, not 1:4; nearest: maskllm"),
-        (("task.mask=maskllm", "task.n=8", "task.m=16"), "task.mask=maskllm: 8:16 has 12870 patterns, more than 256; nearest: 4:8"),
-        (("task.mask=maskllm", "method=hybrid", "task.mask_share=1"), "task.mask_share=1.0: leaves no steps for the orders"),
-        (("task.mask=maskllm", "method=hybrid", "task.mask_share=0"), "task.mask_share=0.0: leaves no steps for the mask"),
+        (
+            ("task.mask=proxsparse", "task.n=1"),
+            "task.mask=proxsparse: its regulariser is for 2:4, not 1:4; nearest: maskllm",
+        ),
+        (
+            ("task.mask=maskllm", "task.n=8", "task.m=16"),
+            "task.mask=maskllm: 8:16 has 12870 patterns, more than 256; nearest: 4:8",
+        ),
+        (
+            ("task.mask=maskllm", "method=hybrid", "task.mask_share=1"),
+            "task.mask_share=1: leaves no steps for the mask, or none for the orders",
+        ),
+        (
+            ("task.mask=maskllm", "method=hybrid", "task.mask_share=0"),
+            "task.mask_share=0: leaves no steps for the mask, or none for the orders",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_one_line(words: tuple[str, ...], line: str) -> None:
     with pytest.raises(ConfigError) as error:
         resolve_train([*WORDS, *words])
@@ -212,10 +228,13 @@ def test_what_does_not_fit_is_one_line(words: tuple[str, ...], line: str) -> Non
     ("words", "idle"),
     [
         (("task.gumbel_lr=0.1",), "task.gumbel_lr=0.1 has no effect with task.mask=topk"),
-        (("task.mask=maskllm", "task.prox_penalty=1"), "task.prox_penalty=1.0 has no effect with task.mask=maskllm"),
-        (("task.mask=maskllm", "task.mask_share=0.2"), "task.mask_share=0.2 has no effect with method=fixed, which does not learn"),
+        (("task.mask=maskllm", "task.prox_penalty=1"), "task.prox_penalty=1 has no effect with task.mask=maskllm"),
+        (
+            ("task.mask=maskllm", "task.mask_share=0.2"),
+            "task.mask_share=0.2 has no effect with method=fixed, which does not learn",
+        ),
     ],
-)  # fmt: skip
+)
 def test_settings_without_effect_are_told(words: tuple[str, ...], idle: str) -> None:
     assert idle in resolve_train([*WORDS, "method=fixed", *words])[1]
 

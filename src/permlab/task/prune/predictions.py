@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from permlab.sparsity.offload import Waiting
-
-# Logits that are kept as they are. Of more, log-probabilities are kept in half precision.
-MAX_KEPT_WHOLE = 2**26
+from permlab.task.prune.task import MAX_KEPT_WHOLE
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:

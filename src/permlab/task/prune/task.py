@@ -41,6 +41,8 @@ LOSS_OPTIONS = (
 )
 # A law over more patterns of a group holds more logits than it is worth.
 MAX_PATTERNS = 256
+# Logits that are kept as they are. Of more, log-probabilities are kept in half precision.
+MAX_KEPT_WHOLE = 2**26
 # Settings that name the dense model.
 DENSE = ("dense", "dense_steps")
 
@@ -254,6 +256,8 @@ class Prune(Task):
             yield key, "task=prune, which freezes the model's weights"
         if self.dense is not None or pretrained:
             yield "model.lr", "a model that is trained already"
+        if self._num_logits() <= MAX_KEPT_WHOLE:
+            yield "task.cache_gib", f"{self._num_logits():,} predictions, which are kept in memory"
         if not self.learns(plan):
             optim = ("beta1", "beta2", "schedule", "warmup_fraction")
             trainer = ("max_steps", "max_epochs", "gradient_clip_val", "on_nonfinite")
@@ -270,6 +274,11 @@ class Prune(Task):
             yield "task.mix", f"{named}, which mixes no items"
         if pretrained and self._trained_by(plan.config) is None:
             yield "task.dense_steps", "model.pretrained"
+
+    def _num_logits(self) -> int:
+        """Predictions of the dense model for the calibration samples, at most."""
+        length = (self.sequence_length or self.spec.width) if self.spec.is_sequence else 1
+        return self.num_samples * length * self.spec.num_classes
 
     def learns(self, plan: Plan) -> bool:
         return self.mask != "topk" or self._orders_learn(plan)
