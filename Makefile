@@ -8,7 +8,7 @@ WORKERS ?= auto
 # Compiled modules are kept whatever the shell says: without them every process compiles all libraries anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup train prune test test-all check audit options sweep study study-prune bench bench-outer bench-prune soak lock clean
+.PHONY: help setup train prune test test-all test-models check audit options sweep study study-prune bench bench-outer bench-prune soak lock clean
 
 help:  ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ test: $(STAMP)  ## run the tests (ARGS="tests/ops -k sinkhorn" for some)
 
 test-all: $(STAMP)  ## run the tests with all of what is long by nature: mutated inputs, kills, every combination
 	@PERMLAB_TESTS=all $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --timeout 1800 $(ARGS)
+
+test-models: $(STAMP)  ## fetch the published models into data/models, and run the tests that need them
+	@$(BIN)/python -m permlab.model get smollm2_135m dinov2_s
+	@$(BIN)/python -m pytest -m models $(ARGS)
 
 sweep: $(STAMP)  ## run the grid of sweeps/NAME.yaml, or go on with it; without NAME, list them
 	@$(BIN)/python -m permlab.sweep $(NAME) $(ARGS)
@@ -73,7 +77,7 @@ options: $(STAMP)  ## write docs/options.md anew from the sources and conf/
 
 lock: $(STAMP)  ## resolve pyproject.toml anew into requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --upgrade \
-		--python-version 3.11 --extra dev pyproject.toml --output-file requirements.lock
+		--python-version 3.11 --extra dev --extra models pyproject.toml --output-file requirements.lock
 
 clean:  ## remove .venv and caches; runs stay
 	rm -rf $(VENV) build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache
