@@ -190,15 +190,21 @@ def _by_products(training: Training, shape: Shape, imports: float) -> Projection
     passes, speed = WITH_GRADIENTS * plan.task.effort, speed_of(trainer)
     flops = passes * samples * shape.flops
     parts = [Part("training", often.steps * passes_seconds(shape, samples, passes, speed), often.steps * flops)]
-    for name, times in (("validation", often.validations * often.val_batches), ("test", often.test_batches)):
+    evaluations = {
+        "validation": often.validations * often.val_batches,
+        "test": plan.task.num_tests * often.test_batches,
+    }
+    for name, times in evaluations.items():
         parts.append(Part(name, times * passes_seconds(shape, batch_size, 1, speed), times * batch_size * shape.flops))
+    for name, count in plan.task.passes().items():
+        parts.append(Part(name, passes_seconds(shape, 1, count, speed), count * shape.flops))
     size = 4 * shape.num_parameters
-    kinds = {"weights": size, "gradients": size, "optimiser state": 2 * size}
+    kinds = {"weights": size} | ({"gradients": size, "optimiser state": 2 * size} if plan.task.trains_model else {})
     return Projection(
         training.name,
         often.steps,
         batch_size,
-        (shape.num_parameters, shape.num_parameters, 0),
+        (shape.num_parameters, shape.num_parameters if plan.task.trains_model else 0, 0),
         shape.num_items,
         flops,
         passes * shape.num_operations,

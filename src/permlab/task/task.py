@@ -54,6 +54,8 @@ class Task:
         metric: what runs are judged by.
         rows: what the report of a run and the tables over runs show.
         effort: of a step, in steps of plain training of the same model, for forecasts; roughly, a literal.
+        trains_model: whether the backbone's weights learn; a literal.
+        num_tests: how often a run goes over the test split; a literal.
         panels: curves of the figure `training`, in order: title, and metric by label of its line.
         pictures: figures that show what a run is about; the first that it has is the one to open.
         compared_within: settings of the task that runs share if tables compare them.
@@ -67,6 +69,8 @@ class Task:
     permutes: ClassVar[str] = "items"
     exports: ClassVar[bool] = False
     effort: ClassVar[float] = 1.0
+    trains_model: ClassVar[bool] = True
+    num_tests: ClassVar[float] = 1.0
     panels: ClassVar[tuple[tuple[str, Mapping[str, str]], ...]] = ()
     pictures: ClassVar[tuple[str, ...]] = ("comparison", "order", "training")
     compared_within: ClassVar[tuple[str, ...]] = ()
@@ -101,6 +105,10 @@ class Task:
     def idle(self, plan: Plan) -> Iterator[Idle]:
         """Settings without effect in this composition, beside those of the class constants `no_effect`."""
         return iter(())
+
+    def passes(self) -> Mapping[str, float]:
+        """Samples that go through the model beside steps, validations and tests, by what for; as far as it is known."""
+        return {}
 
     def complete(self, config: dict[str, Any]) -> None:
         """Fill in what follows from other keys."""

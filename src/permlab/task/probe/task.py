@@ -25,6 +25,7 @@ class Probe(Task):
     takes: ClassVar[tuple[str, ...]] = ("image",)
     permutes: ClassVar[str] = "nothing"
     effort: ClassVar[float] = 0.01
+    trains_model: ClassVar[bool] = False
     metric: Metric = ACCURACY
     panels: ClassVar[tuple[tuple[str, Mapping[str, str]], ...]] = (
         ("accuracy", {"train (batch)": "train/accuracy", "validation": "val/accuracy"}),

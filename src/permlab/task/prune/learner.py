@@ -232,7 +232,8 @@ class PruneLearner(FinishedLearner):
         self._rehearsal.prepare(data)
 
     def pieces(self, data: DataModule, amounts: Amounts) -> Iterator[Piece]:
-        yield from super().pieces(data, replace(amounts, test_batches=3 * amounts.test_batches))
+        num_batches = round(self.task.num_tests * amounts.test_batches)
+        yield from super().pieces(data, replace(amounts, test_batches=num_batches))
         yield from self._rehearsal.pieces(amounts)
 
     def holds(self) -> dict[str, int]:

@@ -103,6 +103,8 @@ class Prune(Task):
     permutes: ClassVar[str] = "weights"
     exports: ClassVar[bool] = True
     effort: ClassVar[float] = 4.0
+    trains_model: ClassVar[bool] = False
+    num_tests: ClassVar[float] = 3.0  # the dense model, the one with its channels as they are, and the pruned one
     panels: ClassVar[tuple[tuple[str, Mapping[str, str]], ...]] = (
         ("accuracy", {"train (batch)": "train/accuracy", "validation": "val/accuracy"}),
         ("perplexity", {"validation": "val/perplexity"}),
@@ -285,6 +287,10 @@ class Prune(Task):
 
     def _orders_learn(self, plan: Plan) -> bool:
         return "lr" in component_options("method", plan.config["method"]["component"])
+
+    def passes(self) -> Mapping[str, float]:
+        walks = 2 if self.calibrate == "sequential" else 1
+        return {"calibration": (walks + 1) * self.num_samples, "quality": 2 * self.num_samples}
 
     def complete(self, config: dict[str, Any]) -> None:
         if self.dense or self._trained_by(config) is None:
