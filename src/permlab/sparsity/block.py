@@ -67,7 +67,10 @@ def find_blocks(model: nn.Module) -> list[Block]:
                 _check_parameters(blocks[-1])
     if not blocks:
         known = ", ".join(name for family in families() for name in family.models)
-        raise ValueError(f"{type(model).__name__} has no block of a known family: {known}")
+        raise ValueError(
+            f"{type(model).__name__} has no block of a known family: {known}; a description names the layers that "
+            "share an input, what computes it and what writes to the residual stream (docs/models.md has one)"
+        )
     return blocks
 
 
