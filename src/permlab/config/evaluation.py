@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from permlab.config.schema import EvaluationKeys
+from permlab.config.suite import harness_tasks
 from permlab.errors import ConfigError, nearest
 
 
@@ -17,7 +18,7 @@ def check_evaluation(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     valid = [field.name for field in fields(EvaluationKeys)]
     problems = [f"{key}={config[key]}: unknown key{nearest(key, valid)}" for key in config if key not in valid]
-    run, split, upload, figures, export, sparse = (config.get(key) for key in valid)
+    run, split, upload, figures, export, sparse, tasks, limit = (config.get(key) for key in valid)
     if run == "???":
         problems.append("run: missing, expected a run directory")
     elif not Path(str(run), "config.yaml").is_file():
@@ -33,9 +34,22 @@ def check_evaluation(config: Mapping[str, Any]) -> Mapping[str, Any]:
         problems.append("sparse=true: needs export=<folder>")
     if export is not None and Path(str(export)).exists() and (not Path(export).is_dir() or any(Path(export).iterdir())):
         problems.append(f"export={export}: exists and is not an empty folder; nothing is written over")
+    problems += _check_tasks(tasks, limit)
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def _check_tasks(tasks: Any, limit: Any) -> list[str]:
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        return [f"limit={limit}: expected an integer >= 1 or null"]
+    if tasks is None:
+        return [] if limit is None else ["limit: needs tasks=[...]"]
+    try:
+        harness_tasks(tasks)
+    except ValueError as error:
+        return [f"tasks: {error}"]
+    return []
 
 
 def _nearest_run(run: str) -> str:

@@ -169,6 +169,8 @@ class EvaluationKeys:
     figures: bool
     export: Verbatim | None
     sparse: bool
+    tasks: list[str] | Verbatim | None
+    limit: PositiveInt | None
 
 
 _SCHEMAS: dict[str, type] = {

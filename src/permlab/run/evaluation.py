@@ -1,16 +1,21 @@
 """A finished run tested again, exported or uploaded."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from permlab.config.plan import Plan
 from permlab.config.schema import components, constant
+from permlab.config.suite import harness_tasks
 from permlab.errors import ConfigError
 from permlab.figure.draw import draw_all
 from permlab.record.checkpoint import load_weights
 from permlab.record.pulse import Pulse
+from permlab.record.rundir import write_json
 from permlab.record.stored import read_plan
 from permlab.record.tracking import replay
 from permlab.run import trainer as lightning
@@ -24,8 +29,9 @@ def evaluate(config: Mapping[str, Any]) -> Summary:
 
     Args:
         config: `run`, a run directory; `split`; `export`, a folder to write the model to, or None;
-            `sparse`, whether to time it as semi-structured; `figures`, whether to draw the run's pictures
-            anew; `upload`, whether to send its files to W&B.
+            `sparse`, whether to time it as semi-structured; `tasks` of lm-evaluation-harness, or None, whose
+            results join the summary, and `limit`, samples of each, or None; `figures`, whether to draw the run's
+            pictures anew; `upload`, whether to send its files to W&B.
     Raises:
         ConfigError: if the run's checkpoint or dataset cannot be read, or export or upload fail.
     """
@@ -41,6 +47,8 @@ def evaluate(config: Mapping[str, Any]) -> Summary:
     lightning.set_threads(plan, parts.model)
     with Pulse("test"):
         summary = evaluate_best(_in_one_process(plan), parts, split=config["split"])
+    if config["tasks"]:
+        summary |= _measure(config, plan, parts)
     for name, value in summary.items():
         print(f"{name:<28} {value:.8g}")
     if config["export"]:
@@ -54,6 +62,19 @@ def evaluate(config: Mapping[str, Any]) -> Summary:
         _upload(run_dir)
     print(f"run: {run_dir}")
     return summary
+
+
+def _measure(config: Mapping[str, Any], plan: Plan, parts: Assembly) -> Summary:
+    """Results of lm-evaluation-harness, which the run's summary keeps."""
+    from permlab.run.harness import measure
+
+    device = "cpu" if plan.config["trainer"]["accelerator"] == "cpu" or not torch.cuda.is_available() else "cuda"
+    tasks = harness_tasks(config["tasks"])
+    with Pulse("tasks"):
+        found = measure(parts.learner.model, parts.data.load_tokenizer(), tasks, limit=config["limit"], device=device)
+    path = plan.directory / "summary.json"
+    write_json(path, json.loads(path.read_text(encoding="utf-8")) | found)
+    return found
 
 
 def evaluate_best(plan: Plan, parts: Assembly, *, split: str = "test") -> Summary:
