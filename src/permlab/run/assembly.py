@@ -47,7 +47,7 @@ def assemble(plan: Plan, before: Mapping[str, Path] | None = None) -> Assembly:
     except ValueError as error:
         raise ConfigError(f"task={plan.config['task']['name']}: {error}") from error
     learner.adopt(before or {})
-    learner.cache_folder = plan.cache_folder
+    learner.cache_folder, learner.run_folder = plan.cache_folder, plan.directory
     learner.guard = NonFiniteGuard(**{key: plan.config["trainer"][key] for key in ("on_nonfinite", "max_skips")})
     if plan.config["trainer"].get("gradient_checkpointing"):
         try:

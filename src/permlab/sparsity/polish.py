@@ -66,8 +66,8 @@ def polish(
     losses, size = [loss], 16.0
     refused: set[Swap] = set()
     for _ in range(num_steps):
-        proposals = _propose(sites, orders, gradient, n, m, num_proposals, generator)
-        chosen = _choose((swap for _, swap in proposals if swap not in refused), m, max(1, round(size)))
+        proposals = propose_swaps(sites, orders, gradient, n, m, num_proposals, generator)
+        chosen = choose_swaps((swap for _, swap in proposals if swap not in refused), m, max(1, round(size)))
         if not chosen:
             break
         trial = {name: order.clone() for name, order in orders.items()}
@@ -84,7 +84,7 @@ def polish(
     return orders, losses
 
 
-def _propose(
+def propose_swaps(
     sites: Mapping[str, Swappable],
     orders: Orders,
     gradient: Values,
@@ -93,7 +93,12 @@ def _propose(
     num_proposals: int,
     generator: torch.Generator,
 ) -> list[tuple[float, Swap]]:
-    """Predicted change of the loss and the swap, for those that are predicted to lower it, best first."""
+    """Predicted change of the loss and the swap, for those that are predicted to lower it, best first.
+
+    Args:
+        gradient: of the loss for all weights of the sites, pruned ones included, at these orders.
+        num_proposals: pairs drawn for each site.
+    """
     proposals: list[tuple[float, Swap]] = []
     for name, site in sites.items():
         first, second = _draw_pairs(len(site.weights), site.num_groups, m, num_proposals, generator)
@@ -148,7 +153,7 @@ def predicted_change(
     return change
 
 
-def _choose(proposals: Iterable[Swap], m: int, count: int) -> list[Swap]:
+def choose_swaps(proposals: Iterable[Swap], m: int, count: int) -> list[Swap]:
     """The first swaps that touch no block twice."""
     touched: set[tuple[str, int]] = set()
     chosen: list[Swap] = []

@@ -82,6 +82,7 @@ class Learner(L.LightningModule):
         self.shards: Shards | None = None
         # Where what is large may be put, and what other runs have found; None where a run stands alone.
         self.cache_folder: Path | None = None
+        self.run_folder: Path | None = None  # of the run's files, where it has any
         self.known: Known | None = None
         self.started = False  # whether training has begun, all that a checkpoint restores being restored
         # Of model and permutation, since the last logged step: how often their gradient was clipped, in how many steps.

@@ -3,7 +3,9 @@
 import copy
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from torch.func import functional_call
 
 import permlab.run.story
 import permlab.run.trainer
+import permlab.task.prune.finished
 import permlab.task.prune.predictions
 from permlab.cli import main
 from permlab.config.check import plan_of
@@ -291,6 +294,57 @@ def test_polishing_ends_below_start_and_learned(pruner: str) -> None:
     assert polished[0] == pytest.approx(better, rel=1e-4)
     assert polished[-1] == pytest.approx(results["prune/calibration_loss"], rel=1e-3)
     assert (np.diff(polished) <= 0).all()
+
+
+def descending(folder: Path, *words: str) -> PruneLearner:
+    """A task whose run lies in this folder."""
+    task = task_of("method=swap_descent", "method.num_search_swaps=50", "method.num_polish_steps=0", *words)
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    task.run_folder = folder
+    return task
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "ria"])
+def test_a_descent_ends_below_its_start(pruner: str, tmp_path: Path) -> None:
+    task = descending(tmp_path, "method.num_descent_steps=40", f"task.pruner={pruner}")
+    results = task.finish(lambda: {}).summary
+    assert results["prune/calibration_loss"] < 0.9 * results["prune/calibration_loss_start"]
+    assert not list(tmp_path.rglob("*.ckpt")), "its state is not needed any more"
+
+
+def test_a_descent_that_leads_nowhere_keeps_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = descending(tmp_path, "method.num_descent_steps=4")
+    downhill = task._loss_of_a_batch
+
+    def uphill(*where: Any) -> tuple[float, dict[str, Tensor]]:
+        loss, gradient = downhill(*where)
+        return -loss, {name: -value for name, value in gradient.items()}
+
+    monkeypatch.setattr(task, "_loss_of_a_batch", uphill)
+    result = task.finish(lambda: {}).summary
+    assert result["prune/calibration_loss"] == pytest.approx(result["prune/calibration_loss_start"], rel=1e-5)
+
+
+def test_a_stopped_descent_goes_on_from_where_it_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(permlab.task.prune.finished, "SAVED_EVERY", 3)
+    folders = (tmp_path / "whole", tmp_path / "stopped", tmp_path / "stopped")
+    whole, stopped, rest = (descending(folder, "method.num_descent_steps=10") for folder in folders)
+    expected, asked = whole.finish(lambda: {}), []
+    gradient = stopped._loss_of_a_batch
+
+    def breaking(orders: Mapping[str, Tensor], step: int) -> tuple[float, dict[str, Tensor]]:
+        if step == 7:
+            raise KeyboardInterrupt
+        return gradient(orders, step)
+
+    monkeypatch.setattr(stopped, "_loss_of_a_batch", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.finish(lambda: {})
+    going_on = rest._loss_of_a_batch
+    monkeypatch.setattr(rest, "_loss_of_a_batch", lambda orders, step: asked.append(step) or going_on(orders, step))
+    found = rest.finish(lambda: {})
+    assert asked == [6, 7, 8, 9]
+    assert found.summary["prune/calibration_loss"] == expected.summary["prune/calibration_loss"]
 
 
 # Which sites

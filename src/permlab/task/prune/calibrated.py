@@ -155,7 +155,7 @@ class CalibratedLearner(Learner):
     @property
     def _may_change(self) -> bool:
         """Whether the orders that the search leaves are not the last word."""
-        return self.learns or self.method.num_polish_steps > 0
+        return self.learns or self.method.num_polish_steps + self.method.num_descent_steps > 0
 
     @property
     def _prunes_on_the_way(self) -> bool:

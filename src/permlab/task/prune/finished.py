@@ -1,5 +1,7 @@
 """After the orders are learned: polished, pruned under, measured, and what the pruned model is compared with."""
 
+import contextlib
+import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +16,9 @@ from permlab.config.plan import Plan
 from permlab.data.module import DataModule
 from permlab.record.provenance import peak_memory_mib
 from permlab.record.pulse import Pulse, watched
+from permlab.record.rundir import is_rank_zero, write_checkpoint
 from permlab.sparsity.calibrate import OutputErrors
+from permlab.sparsity.descent import Descent
 from permlab.sparsity.layer import SiteLayers, assemble_weights
 from permlab.sparsity.mask import hard_mask
 from permlab.sparsity.offload import Waiting
@@ -26,6 +30,9 @@ from permlab.task.learner import Result, Summary
 from permlab.task.prune.calibrated import CalibratedLearner, Keep, Orders
 from permlab.task.prune.exporting import export_run
 from permlab.task.prune.predictions import fingerprint
+
+# Steps of a descent after which its state is written.
+SAVED_EVERY = 10
 
 
 class FinishedLearner(CalibratedLearner):
@@ -166,7 +173,10 @@ class FinishedLearner(CalibratedLearner):
         """Hardened and polished orders, the losses of start and learned ones, and those of polishing."""
         starts, learned = self.method.bases(), self.method.orders()
         losses = self._losses_of(starts, learned)
-        orders, polished = self._polish(starts if losses[0] <= losses[1] else learned, learned)
+        better = starts if losses[0] <= losses[1] else learned
+        if self.method.num_descent_steps:
+            better = learned = self._descend(better, min(losses))
+        orders, polished = self._polish(better, learned)
         return orders, losses, polished
 
     def _bring_layers(self) -> None:
@@ -202,6 +212,44 @@ class FinishedLearner(CalibratedLearner):
 
     def _soft_values(self) -> dict[str, Tensor] | None:
         raise NotImplementedError
+
+    def _descend(self, orders: Orders, loss: float) -> Orders:
+        """Where a descent from these orders ends, if that is better than their loss; goes on where it was stopped."""
+        sites, steps = _Swappables(self.layers, self.method.num_groups), self.method.num_descent_steps
+        descent = Descent(
+            sites,
+            orders,
+            n=self.n,
+            m=self.m,
+            num_steps=steps,
+            share=self.method.swap_share,
+            round_length=len(self.calibration),
+            seed=self.seed,
+        )
+        path = Path(self.run_folder or ".", "checkpoints", "descent.ckpt")
+        with contextlib.suppress(FileNotFoundError, ValueError, RuntimeError, pickle.UnpicklingError, EOFError):
+            descent.load_state_dict(torch.load(path, weights_only=True))
+        with Pulse("descent", "steps", steps) as pulse:
+            while descent.step < steps:
+                descent.advance(*self._loss_of_a_batch(descent.orders, descent.step))
+                pulse.beat(descent.step)
+                if descent.step % SAVED_EVERY == 0 and is_rank_zero() and self.run_folder is not None:
+                    write_checkpoint(path, descent.state_dict())
+        path.unlink(missing_ok=True)
+        ends = (descent.orders, descent.best)
+        return next((end for end in ends if self.calibration_loss(self._pruned_values(end)) < loss), orders)
+
+    def _loss_of_a_batch(self, orders: Orders, step: int) -> tuple[float, dict[str, Tensor]]:
+        """A batch's part of the calibration loss and its gradient for all weights; every epoch has its own order."""
+        count = len(self.calibration)
+        generator = torch.Generator().manual_seed((self.seed << 20) + step // count)
+        index = int(torch.randperm(count, generator=generator)[step % count])
+        leaves = {name: value.requires_grad_() for name, value in self._pruned_values(orders).items()}
+        with torch.enable_grad():
+            inputs = self.calibration[index][0].to(self.device)
+            loss = self._share_of_loss(index, self._run(leaves, inputs))
+            loss.backward()
+        return loss.item(), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
     def _polish(self, better: Orders, learned: Orders) -> tuple[Orders, list[float]]:
         """The learned orders, or, where the method is polished, the better of start and learned after that."""

@@ -101,6 +101,8 @@ class Rehearsal:
         yield Piece(
             "calibration loss", num_losses * scale, lambda: learner.calibration_loss(learner._hard_values(orders))
         )
+        num_steps = learner.method.num_descent_steps
+        yield Piece("descent", float(num_steps), lambda: learner._loss_of_a_batch(orders, 0) if num_steps else None)
         steps = learner.method.num_polish_steps
         yield Piece("polishing", (steps + 1) / 2 * scale if steps else 0.0, lambda: self._polish_one_step(orders))
         yield Piece("pruning and quality", scale, lambda: learner._quality(orders, learner._prune(orders)))
