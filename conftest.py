@@ -19,6 +19,9 @@ jaxtyping.install_import_hook(
 import pytest
 import torch
 
+# The tests' tensors are small: a second thread gains nothing and loses much on a busy machine.
+torch.set_num_threads(1)
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
@@ -49,8 +52,7 @@ def _one_format() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
     torch.manual_seed(0)
-    # The tests' tensors are small: a second thread gains nothing and loses much on a busy machine. A run leaves its own.
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # a run leaves its own
 
 
 @pytest.fixture(autouse=True)

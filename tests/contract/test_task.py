@@ -45,6 +45,7 @@ from permlab.errors import ConfigError
 from permlab.option import Option, matches
 from permlab.record.rundir import is_done
 from permlab.record.stored import read_arrays, read_plan
+from permlab.study.finished import find_finished
 from permlab.study.report import report
 from permlab.study.table import job_table, write_table
 from permlab.task.learner import Learner
@@ -296,7 +297,7 @@ def test_it_has_a_report_and_rows_in_tables(finished: Result, tmp_path: Path) ->
     for row in plan.task.rows:
         fixed = row.label.partition("{")[0]
         assert fixed in text
-    table = write_table([plan], tmp_path / "table")
+    table = write_table([find_finished(plan)], tmp_path / "table")
     names = plan.config
     assert f"## {names['task']['name']}: {names['data']['name']}, {names['model']['name']}" in table
     assert metric.title in table

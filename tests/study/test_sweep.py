@@ -188,6 +188,16 @@ def test_a_study_runs_in_parallel_and_goes_on_where_it_stopped(
     assert main([*arguments, "--table"]) == 0
     assert (tmp_path / "results" / "tiny.csv").is_file()
 
+    # On another machine, where only the results are: nothing is run again, and the table is the same.
+    (tmp_path / "runs").rename(tmp_path / "far")
+    capfd.readouterr()
+    assert main([*arguments, "--kept"]) == 2, "the refused job is still refused"
+    assert " min, " not in capfd.readouterr().out, "no job was started"
+    assert not list((tmp_path / "runs").rglob("DONE"))
+    assert (tmp_path / "results" / "tiny.md").read_text() == text
+    assert main([*arguments, "--table"]) == 0
+    assert "fixed" not in (tmp_path / "results" / "tiny.md").read_text(), "without --kept only what lies here counts"
+
 
 def linger(seconds: float, code: int) -> None:
     time.sleep(seconds)

@@ -2,6 +2,7 @@
 
 import csv
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from permlab.config.compose import resolve_train
 from permlab.config.plan import Plan
 from permlab.record.rundir import write_json
+from permlab.study.finished import find_finished
 from permlab.study.table import write_table
 
 TEXT = ("data=pydocs", "model=llama_nano")
@@ -23,6 +25,10 @@ def finished(runs: Path, *words: str, **summary: float) -> Plan:
     write_json(folder / "summary.json", {key.replace("__", "/"): value for key, value in summary.items()})
     write_json(folder / "provenance.json", {"device": "cpu, 1 threads"})
     return plan
+
+
+def table_of(plans: list[Plan], path: Path, before: Sequence[Plan] = ()) -> str:
+    return write_table([find_finished(plan) for plan in plans], path, [find_finished(plan) for plan in before])
 
 
 def rows_of(text: str) -> dict[str, list[str]]:
@@ -57,7 +63,7 @@ def accuracies(runs: Path) -> list[Plan]:
 
 
 def test_means_spreads_and_gains_of_every_row(tmp_path: Path) -> None:
-    text = write_table(accuracies(tmp_path / "runs"), tmp_path / "results" / "study")
+    text = table_of(accuracies(tmp_path / "runs"), tmp_path / "results" / "study")
     assert text.startswith("## prune: digits, vit_nano, 2:4\n")
     rows = rows_of(text)
     header = rows.pop("")
@@ -82,7 +88,7 @@ def test_means_spreads_and_gains_of_every_row(tmp_path: Path) -> None:
 
 def test_the_files_hold_the_table_and_every_run(tmp_path: Path) -> None:
     path = tmp_path / "results" / "study"
-    text = write_table(accuracies(tmp_path / "runs"), path)
+    text = table_of(accuracies(tmp_path / "runs"), path)
     assert path.with_suffix(".md").read_text() == text
     with path.with_suffix(".csv").open() as file:
         records = list(csv.DictReader(file))
@@ -99,7 +105,7 @@ def test_a_baseline_without_a_seed_leaves_it_out_of_the_gains(tmp_path: Path) ->
         finished(tmp_path, "task=prune", *WORDS["hybrid"], "seed=0", test__accuracy=0.6),
         finished(tmp_path, "task=prune", *WORDS["hybrid"], "seed=1", test__accuracy=0.1),
     ]
-    rows = rows_of(write_table(plans, tmp_path / "table"))
+    rows = rows_of(table_of(plans, tmp_path / "table"))
     assert rows["wanda + hybrid"] == ["35.0 ± 35.4", "+10.0 (+10.0)", "2"]
     assert rows["wanda"] == ["50.0", "", "1"]
     assert "dense" not in rows
@@ -118,7 +124,7 @@ def test_rows_are_compared_with_what_they_share_model_sites_and_samples_with(tmp
         # Another importance without a baseline.
         finished(tmp_path, *learned, block, "task.pruner=ria", "task.num_samples=3", test__accuracy=0.6),
     ]
-    rows = rows_of(write_table(plans, tmp_path / "table"))
+    rows = rows_of(table_of(plans, tmp_path / "table"))
     gains = {label: cells[1] for label, cells in rows.items() if "sort_ste" in label}
     assert list(gains.values()) == ["+10.0 (+10.0)", "+5.0 (+5.0)", "+1.0 (+1.0)", ""]
     assert {label: cells[0] for label, cells in rows.items() if label.startswith("dense")} == {
@@ -134,7 +140,7 @@ def test_perplexity_is_compared_in_per_cent_and_its_worst_is_the_largest(tmp_pat
         for method, values in (("fixed", plain), ("sort_ste", learned)):
             summary = {"test__perplexity": values[seed], "test__perplexity_dense": 5.0, "test__accuracy": 0.3}
             plans.append(finished(tmp_path, "task=prune", *TEXT, f"method={method}", f"seed={seed}", **summary))
-    text = write_table(plans, tmp_path / "table")
+    text = table_of(plans, tmp_path / "table")
     assert text.startswith("## prune: pydocs, llama_nano, 2:4\n")
     rows = rows_of(text)
     assert rows[""] == ["perplexity", "against plain, % (worst)", "seeds"]
@@ -150,7 +156,7 @@ def test_a_section_for_every_pattern_model_and_dataset(tmp_path: Path) -> None:
         finished(tmp_path, "task=prune", "method=fixed", *TEXT, test__perplexity=7.0),
         finished(tmp_path, "task=classify", "method=fixed", "model=vit_nano", test__accuracy=0.2),
     ]
-    titles = [line for line in write_table(plans, tmp_path / "table").splitlines() if line.startswith("## ")]
+    titles = [line for line in table_of(plans, tmp_path / "table").splitlines() if line.startswith("## ")]
     assert titles == [
         "## prune: digits, vit_nano, 2:4",
         "## prune: digits, vit_nano, 1:4",
@@ -174,7 +180,7 @@ def test_a_section_for_every_pattern_model_and_dataset(tmp_path: Path) -> None:
 def test_rows_name_what_differs_between_them(key: str, values: tuple[str, str], tmp_path: Path) -> None:
     words = ("task=prune", "method=sort_ste", "trainer.val_check_interval=5")
     plans = [finished(tmp_path, *words, f"{key}={value}", test__accuracy=0.5) for value in values]
-    rows = rows_of(write_table(plans, tmp_path / "table"))
+    rows = rows_of(table_of(plans, tmp_path / "table"))
     labels = [label for label in rows if label not in ("", "---")]
     assert len(labels) == 2
     name = key.removeprefix("method.")
@@ -190,7 +196,7 @@ def test_orders_of_a_classification(tmp_path: Path) -> None:
         finished(tmp_path, "method=fixed", "task.control=false", test__accuracy=0.5),
         finished(tmp_path, "method=sort_ste", "task.control=false", test__accuracy=0.6),
     ]
-    rows = rows_of(write_table(plans, tmp_path / "table"))
+    rows = rows_of(table_of(plans, tmp_path / "table"))
     assert rows["fixed"] == ["50.0", "", "1"]
     assert rows["sort_ste"] == ["60.0", "+10.0 (+10.0)", "1"]
 
@@ -200,10 +206,10 @@ def test_hours_count_what_runs_needed_before_them(tmp_path: Path) -> None:
     for plan, seconds in zip(plans, (1800.0, 5400.0), strict=True):
         write_json(plan.directory / "summary.json", {"test/accuracy": 0.5, "train/seconds": seconds})
     dense = finished(tmp_path / "runs", "task=classify", "method=fixed", **{"train/seconds": 3600.0})
-    assert write_table(plans, tmp_path / "table").endswith(" 2 runs, 2.00 hours in all.\n")
-    assert write_table(plans, tmp_path / "table", before=[dense]).endswith(" 3 runs, 3.00 hours in all.\n")
+    assert table_of(plans, tmp_path / "table").endswith(" 2 runs, 2.00 hours in all.\n")
+    assert table_of(plans, tmp_path / "table", before=[dense]).endswith(" 3 runs, 3.00 hours in all.\n")
 
 
 def test_nothing_finished_is_an_empty_table(tmp_path: Path) -> None:
-    assert write_table([], tmp_path / "table").strip().endswith("Computed on: unknown.")
+    assert table_of([], tmp_path / "table").strip().endswith("Computed on: unknown.")
     assert (tmp_path / "table.csv").read_text().strip() == ""

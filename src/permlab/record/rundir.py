@@ -140,7 +140,7 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     """
     path = run_dir / "summary.json"
     try:
-        summary = _decode(json.loads(path.read_text()))
+        summary = decode_numbers(json.loads(path.read_text()))
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read ({type(error).__name__}); force=true repeats the run") from error
     wrong = [key for key, value in summary.items() if isinstance(value, bool) or not isinstance(value, (int, float))]
@@ -216,7 +216,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         if not line.endswith("\n"):
             break
         try:
-            record = _decode(json.loads(line))
+            record = decode_numbers(json.loads(line))
             if not isinstance(record["step"], int):
                 raise ValueError(f"step is {record['step']!r}")
             records.append(record)
@@ -366,5 +366,11 @@ def _encode(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _decode(record: dict[str, Any]) -> dict[str, Any]:
+def json_line(value: Mapping[str, Any]) -> str:
+    """Strict JSON on a line of its own."""
+    return _dumps(value) + "\n"
+
+
+def decode_numbers(record: dict[str, Any]) -> dict[str, Any]:
+    """What was written as strict JSON, with numbers that are not finite as such."""
     return {key: _NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in record.items()}

@@ -8,34 +8,17 @@ import io
 import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from permlab.config.plan import Plan
-from permlab.record.provenance import read_provenance
-from permlab.record.rundir import is_done, read_summary, write_text
+from permlab.record.rundir import write_text
+from permlab.study.finished import Finished, find_finished
 from permlab.study.grid import Job
 from permlab.task.metric import Metric
 
 # Groups of the configuration in which rows may differ.
 COMPARED = ("method", "task", "trainer", "model", "data", "optim")
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A finished run: its plan, and its final metrics."""
-
-    plan: Plan
-    summary: Mapping[str, float]
-
-    @property
-    def seed(self) -> int:
-        return self.plan.config["seed"]
-
-
-def _finished(plan: Plan | None) -> Finished | None:
-    return Finished(plan, read_summary(plan.directory)) if plan and is_done(plan.directory) else None
 
 
 def by_configuration(runs: Sequence[Finished]) -> list[list[Finished]]:
@@ -57,7 +40,7 @@ def _spread(values: Sequence[float], metric: Metric, sign: str) -> str:
 def job_table(jobs: Sequence[Job], plans: Sequence[Plan | None], codes: Sequence[int]) -> str:
     """One line per job, then mean and standard deviation over the seeds of each configuration."""
     swept = [index for index in range(len(jobs[0])) if len({job[index] for job in jobs}) > 1]
-    runs = [_finished(plan) if code == 0 else None for plan, code in zip(plans, codes, strict=True)]
+    runs = [find_finished(plan) if code == 0 else None for plan, code in zip(plans, codes, strict=True)]
     tasks = [plan.task for plan in plans if plan is not None]
     columns = [row for row in tasks[0].rows if row.format is None] if tasks else []
     lines = [[f"test {tasks[0].metric.title}" if tasks else "", *(row.heading for row in columns)]]
@@ -92,26 +75,25 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 # One row of Markdown for each configuration
 
 
-def write_table(plans: Sequence[Plan], path: Path, before: Sequence[Plan] = ()) -> str:
+def write_table(runs: Sequence[Finished], path: Path, before: Sequence[Finished] = ()) -> str:
     """Write `<path>.md` and `<path>.csv` and return the Markdown.
 
-    Every plan must be that of a finished run. The first column names what differs between
-    the rows of a section, a section being a task, dataset and model.
+    The first column names what differs between the rows of a section, a section being a task, dataset and model.
 
     Args:
-        plans: of finished runs, several seeds of each configuration.
+        runs: several seeds of each configuration.
         path: of the two files, without suffix.
-        before: plans of finished runs that these needed, which count in the hours.
+        before: runs that these needed, which count in the hours.
     """
     sections: dict[str, list[Finished]] = {}
-    for run in (run for plan in plans if (run := _finished(plan)) is not None):
+    for run in runs:
         sections.setdefault(_section(run.plan), []).append(run)
     parts, records = [], []
-    for title, runs in sections.items():
-        markdown, rows = _section_table(title, by_configuration(runs))
+    for title, group in sections.items():
+        markdown, rows = _section_table(title, by_configuration(group))
         parts.append(markdown)
         records += rows
-    text = "\n\n".join([*parts, _cost(plans, before)]) + "\n"
+    text = "\n\n".join([*parts, _cost([*runs, *before])]) + "\n"
     write_text(path.with_suffix(".md"), text)
     buffer = io.StringIO()
     names = list(dict.fromkeys(name for record in records for name in record))
@@ -232,9 +214,9 @@ def _mean(group: Sequence[Finished], key: str, shape: str) -> str:
     return format(statistics.mean(values), shape) if values else ""
 
 
-def _cost(plans: Sequence[Plan], before: Sequence[Plan]) -> str:
+def _cost(runs: Sequence[Finished]) -> str:
     """What the numbers are, what they were computed on, and how long that took in all."""
-    found = sorted({read_provenance(plan.directory).get("device", "") for plan in plans} - {""})
+    found = sorted({run.provenance.get("device", "") for run in runs} - {""})
     line = f"Mean ± standard deviation over seeds. Computed on: {', '.join(found) or 'unknown'}."
-    seconds = [read_summary(plan.directory).get("train/seconds", 0.0) for plan in [*plans, *before]]
+    seconds = [run.summary.get("train/seconds", 0.0) for run in runs]
     return f"{line} {len(seconds)} runs, {sum(seconds) / 3600:.2f} hours in all." if any(seconds) else line

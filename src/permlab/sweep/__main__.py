@@ -2,7 +2,7 @@
 
 Every job is a process of its own; finished ones are found again, so the same command resumes a
 study. A study is every sweep whose name begins with the study's; its table is written from the
-files of its runs.
+files of its runs, and with `--kept` from what `results/<study>.jsonl` says of those of other machines.
 """
 
 import argparse
@@ -15,10 +15,10 @@ from permlab.config.plan import Plan
 from permlab.config.schema import CONF
 from permlab.data.cores import count_cores
 from permlab.errors import ConfigError, RunError, nearest
-from permlab.record.rundir import is_done
 from permlab.run.companion import companion_plan
 from permlab.run.outlook import announce_jobs
-from permlab.study.grid import read_sweep, studies, sweep_comments, sweep_names
+from permlab.study.finished import Finished, Kept, find_finished, read_kept, run_name, write_kept
+from permlab.study.grid import Job, read_sweep, studies, sweep_comments, sweep_names
 from permlab.study.jobs import resolve_jobs, run_jobs
 from permlab.study.table import write_table
 
@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=min(count_cores(), 8), help="jobs at a time")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override for every job")
     parser.add_argument("--table", action="store_true", help="only write the table of what has been run")
+    parser.add_argument(
+        "--kept", action="store_true", help="do not run again what results/<name>.jsonl says has been run elsewhere"
+    )
     options = parser.parse_args(arguments)
     try:
         return _run(options)
@@ -57,12 +60,21 @@ def _run(options: argparse.Namespace) -> int:
     threads = [] if options.processes == 1 else ["num_threads=1"]
     jobs = [[*threads, *job, *options.set] for name in names for job in read_sweep(name)]
     plans = resolve_jobs("train", jobs)
-    if not options.table:
-        print(announce_jobs(plans), flush=True)
-    codes = [] if options.table else run_jobs(command_line, "train", jobs, plans, num_processes=options.processes)
-    finished = [plan for plan in plans if plan is not None and is_done(plan.directory)]
-    print(write_table(finished, RESULTS / (options.study or "_".join(names)), before=_before(finished)))
+    path = RESULTS / (options.study or "_".join(names))
+    kept = read_kept(path.with_suffix(".jsonl")) if options.kept else {}
+    codes = [] if options.table else _run_rest(jobs, plans, kept, options.processes)
+    runs = [run for plan in plans if (run := find_finished(plan, kept)) is not None]
+    write_kept(runs, path.with_suffix(".jsonl"))
+    print(write_table(runs, path, before=_before(runs)))
     return max(codes, default=0)
+
+
+def _run_rest(jobs: Sequence[Job], plans: Sequence[Plan | None], kept: Kept, num_processes: int) -> list[int]:
+    """Exit codes of the jobs that have not been run elsewhere."""
+    rest = [index for index, plan in enumerate(plans) if plan is None or plan.is_forced or run_name(plan) not in kept]
+    jobs, plans = [jobs[index] for index in rest], [plans[index] for index in rest]
+    print(announce_jobs(plans), flush=True)
+    return run_jobs(command_line, "train", jobs, plans, num_processes=num_processes)
 
 
 def _sweeps_of(study: str) -> list[str]:
@@ -79,15 +91,15 @@ def _sweeps_of(study: str) -> list[str]:
     return names
 
 
-def _before(plans: Sequence[Plan]) -> list[Plan]:
-    """Plans of the finished runs that others needed before them, each once."""
+def _before(runs: Sequence[Finished]) -> list[Finished]:
+    """Finished runs that others needed before them, each once."""
     found = {}
-    for plan in plans:
+    for plan in (run.plan for run in runs):
         for companion in plan.task.before(plan).values():
             if companion.run is None:
                 other = companion_plan(plan, companion)
                 found[other.directory] = other
-    return [plan for plan in found.values() if is_done(plan.directory)]
+    return [run for plan in found.values() if (run := find_finished(plan)) is not None]
 
 
 def _listing_of_studies() -> str:
