@@ -12,7 +12,6 @@ import pytest
 
 from permlab.config.check import checked
 from permlab.config.compose import compose_config
-from permlab.config.schema import component_options
 from permlab.study.grid import read_sweep, studies, sweep_names
 
 SWEEPS = sweep_names("real_")
@@ -22,8 +21,6 @@ STAND_INS = {
     "model=dinov2_s": "model=vit_nano model.patch_size=14",
     "data.num_val=1000": "data.num_val=3",
 }
-# Options that sweeps are ahead of, each of which is left out here until there is such an option.
-WAITING = ("task.mask",)
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words_of(job: list[str]) -> Iterator[str]:
     for word in job:
-        key = word.partition("=")[0]
-        if key not in WAITING or key.removeprefix("task.") in component_options("task", "prune"):
-            yield from STAND_INS.get(word, word).split(" ")
+        yield from STAND_INS.get(word, word).split(" ")
 
 
 @pytest.mark.parametrize("name", SWEEPS)

@@ -114,6 +114,17 @@ def _ages(folder: Path) -> list[int]:
     return sorted(int(age) for age in ages if age.isdigit())
 
 
+def read_unfinished(path: Path) -> Mapping[str, Any]:
+    """What work that was cut off had written about itself; empty where there is no such file, or none that is whole."""
+    if not path.is_file() or find_damage(path):
+        return {}
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # of the pickle that nobody unpickles
+        return {}
+    return found if isinstance(found, Mapping) else {}
+
+
 def load_weights(path: Path, *modules: tuple[str, nn.Module]) -> None:
     """Load parts of a checkpoint, each a (prefix, module) pair; nothing is unpickled.
 

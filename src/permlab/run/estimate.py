@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -58,7 +59,9 @@ def shape_of(plan: Plan) -> Shape:
 
 @cache
 def _shape(settings: str, spec: Any) -> Shape:
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        # A checkpoint's numbers have no place there, which torch says of every one of its tensors.
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
         model: Backbone = build("model", json.loads(settings), spec)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     # Some libraries look at numbers unless they see that there are none.

@@ -45,7 +45,7 @@ class Descent:
         share: float,
         round_length: int = 1,
         momentum: float = 0.8,
-        num_proposals: int = 512,
+        num_proposals: int = 256,
         seed: int = 0,
     ) -> None:
         self.sites, self.n, self.m, self.num_steps = sites, n, m, num_steps

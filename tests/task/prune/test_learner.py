@@ -347,6 +347,18 @@ def test_a_stopped_descent_goes_on_from_where_it_was_saved(tmp_path: Path, monke
     assert found.summary["prune/calibration_loss"] == expected.summary["prune/calibration_loss"]
 
 
+@pytest.mark.parametrize("content", [b"", b"no archive", None], ids=["empty", "text", "other"])
+def test_what_is_no_state_of_the_descent_is_passed_over(content: bytes | None, tmp_path: Path) -> None:
+    task, other = (descending(tmp_path / name, "method.num_descent_steps=3") for name in ("one", "two"))
+    expected = task.finish(lambda: {}).summary["prune/calibration_loss"]
+    path = tmp_path / "two" / "checkpoints" / "descent.ckpt"
+    if content is None:
+        torch.save({"step": 1, "start": {}}, path)
+    else:
+        path.write_bytes(content)
+    assert other.finish(lambda: {}).summary["prune/calibration_loss"] == expected
+
+
 # Which sites
 
 

@@ -1,7 +1,6 @@
 """After the orders are learned: polished, pruned under, measured, and what the pruned model is compared with."""
 
 import contextlib
-import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch.func import functional_call
 
 from permlab.config.plan import Plan
 from permlab.data.module import DataModule
+from permlab.record.checkpoint import read_unfinished
 from permlab.record.provenance import peak_memory_mib
 from permlab.record.pulse import Pulse, watched
 from permlab.record.rundir import is_rank_zero, write_checkpoint
@@ -227,8 +227,8 @@ class FinishedLearner(CalibratedLearner):
             seed=self.seed,
         )
         path = Path(self.run_folder or ".", "checkpoints", "descent.ckpt")
-        with contextlib.suppress(FileNotFoundError, ValueError, RuntimeError, pickle.UnpicklingError, EOFError):
-            descent.load_state_dict(torch.load(path, weights_only=True))
+        with contextlib.suppress(ValueError):  # of nothing, or of another descent
+            descent.load_state_dict(read_unfinished(path))
         with Pulse("descent", "steps", steps) as pulse:
             while descent.step < steps:
                 descent.advance(*self._loss_of_a_batch(descent.orders, descent.step))
