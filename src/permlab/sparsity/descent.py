@@ -17,7 +17,7 @@ class Descent:
     loss. Of pairs of channels drawn at random at every site those are exchanged whose new masks are
     predicted to lower the loss most, no block of m being touched twice. Their number falls linearly
     from a part of all blocks to one swap, so that the loss may rise on the way: `best` holds the
-    orders in which the round of the lowest loss began.
+    orders in which the round of the lowest loss began, `losses` the sum of the losses of every round.
 
     Args:
         sites: by name.
@@ -54,7 +54,8 @@ class Descent:
         self.start = _copy(orders)
         self.orders, self.began, self.best = _copy(orders), _copy(orders), _copy(orders)
         self.gradients: Values = {}
-        self.step, self.loss, self.best_loss = 0, 0.0, math.inf
+        self.step, self.loss = 0, 0.0
+        self.losses: list[float] = []
 
     @torch.no_grad()
     def advance(self, loss: float, gradient: Values) -> int:
@@ -69,14 +70,14 @@ class Descent:
         self.loss += loss
         self._remember(gradient)
         is_end = (self.step + 1) % self.round_length == 0
-        if is_end and self.loss < self.best_loss:
-            self.best, self.best_loss = self.began, self.loss
+        if is_end and self.loss < min(self.losses, default=math.inf):
+            self.best = self.began
         swaps = choose_swaps((swap for _, swap in self._proposals()), self.m, self._count())
         for name, first, second in swaps:
             self.orders[name][[first, second]] = self.orders[name][[second, first]]
         self.step += 1
         if is_end:
-            self.began, self.loss = _copy(self.orders), 0.0
+            self.began, self.loss, self.losses = _copy(self.orders), 0.0, [*self.losses, self.loss]
         return len(swaps)
 
     def _remember(self, gradient: Values) -> None:
@@ -95,7 +96,7 @@ class Descent:
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` goes on from: plain containers of tensors and numbers."""
-        names = ("start", "orders", "began", "best", "gradients", "step", "loss", "best_loss")
+        names = ("start", "orders", "began", "best", "gradients", "step", "loss", "losses")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -110,13 +111,13 @@ class Descent:
                 {name: state[kind][name].to(order.device) for name, order in self.orders.items()}
                 for kind in ("orders", "began", "best", "gradients")
             )
-            step, loss, best_loss = int(state["step"]), float(state["loss"]), float(state["best_loss"])
+            step, loss, losses = int(state["step"]), float(state["loss"]), [float(value) for value in state["losses"]]
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no state of a descent ({type(error).__name__}: {error})") from error
         if not same or not 0 <= step <= self.num_steps:
             raise ValueError("the state is of a descent from other orders, or of another length")
         self.orders, self.began, self.best, self.gradients = orders, began, best, gradients
-        self.step, self.loss, self.best_loss = step, loss, best_loss
+        self.step, self.loss, self.losses = step, loss, losses
 
 
 def _copy(orders: Orders) -> Orders:

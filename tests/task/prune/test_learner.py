@@ -307,8 +307,12 @@ def descending(folder: Path, *words: str) -> PruneLearner:
 @pytest.mark.parametrize("pruner", ["wanda", "ria"])
 def test_a_descent_ends_below_its_start(pruner: str, tmp_path: Path) -> None:
     task = descending(tmp_path, "method.num_descent_steps=40", f"task.pruner={pruner}")
-    results = task.finish(lambda: {}).summary
-    assert results["prune/calibration_loss"] < 0.9 * results["prune/calibration_loss_start"]
+    result = task.finish(lambda: {})
+    losses, rounds = result.summary, result.arrays["sites"]["descent_loss"]
+    assert losses["prune/calibration_loss"] < 0.9 * losses["prune/calibration_loss_start"]
+    assert len(rounds) == 40 // len(task.calibration)
+    assert rounds[0] == pytest.approx(losses["prune/calibration_loss_start"], rel=0.5)
+    assert rounds[-1] < rounds[0]
     assert not list(tmp_path.rglob("*.ckpt")), "its state is not needed any more"
 
 

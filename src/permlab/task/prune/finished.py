@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,13 @@ from permlab.task.prune.predictions import fingerprint
 
 # Steps of a descent after which its state is written.
 SAVED_EVERY = 10
+
+
+class Traces(NamedTuple):
+    """Calibration losses on the way to the final orders: of every round of a descent, and of every try of a polish."""
+
+    descent: Sequence[float] = ()
+    polished: Sequence[float] = ()
 
 
 class FinishedLearner(CalibratedLearner):
@@ -141,10 +148,10 @@ class FinishedLearner(CalibratedLearner):
         self._bring_layers()
         starts, learned, keep = self.method.bases(), self._orders(), self.masks.keep()
         if keep:
-            orders, polished = learned, list[float]()
+            orders, traces = learned, Traces()
             losses = [self.calibration_loss(self._pruned_values(*pair)) for pair in ((starts, None), (learned, keep))]
         else:
-            orders, losses, polished = self._finished_orders()
+            orders, losses, traces = self._finished_orders()
         pruned = self._prune(orders, keep)
         seconds = self._seconds + time.monotonic() - began
         summary = {
@@ -161,7 +168,7 @@ class FinishedLearner(CalibratedLearner):
         summary |= quality
         summary["prune/seconds"] = round(seconds, 3)
         summary["prune/peak_memory_mib"] = peak_memory_mib() - self._memory
-        arrays["sites"]["polished_loss"] = np.array(polished)
+        arrays["sites"] |= {f"{name}_loss": np.array(values) for name, values in traces._asdict().items()}
         arrays |= {"orders": _as_arrays(orders), "starts": _as_arrays(starts)}
         return Result(summary | self._test_all(orders, pruned, keep, test), arrays, self._tested_state())
 
@@ -169,15 +176,17 @@ class FinishedLearner(CalibratedLearner):
         """The present hard orders: those of the method until they are settled."""
         return self.masks.orders() or self.method.orders()
 
-    def _finished_orders(self) -> tuple[Orders, list[float], list[float]]:
-        """Hardened and polished orders, the losses of start and learned ones, and those of polishing."""
+    def _finished_orders(self) -> tuple[Orders, list[float], Traces]:
+        """Hardened and polished orders, the losses of start and learned ones, and those on the way."""
         starts, learned = self.method.bases(), self.method.orders()
         losses = self._losses_of(starts, learned)
         better = starts if losses[0] <= losses[1] else learned
+        descent: list[float] = []
         if self.method.num_descent_steps:
-            better = learned = self._descend(better, min(losses))
+            learned, descent = self._descend(better, min(losses))
+            better = learned
         orders, polished = self._polish(better, learned)
-        return orders, losses, polished
+        return orders, losses, Traces(descent, polished)
 
     def _bring_layers(self) -> None:
         """To where the model is: the trainer moves that to its device, and back to the CPU after training."""
@@ -213,7 +222,7 @@ class FinishedLearner(CalibratedLearner):
     def _soft_values(self) -> dict[str, Tensor] | None:
         raise NotImplementedError
 
-    def _descend(self, orders: Orders, loss: float) -> Orders:
+    def _descend(self, orders: Orders, loss: float) -> tuple[Orders, list[float]]:
         """Where a descent from these orders ends, if that is better than their loss; goes on where it was stopped."""
         sites, steps = _Swappables(self.layers, self.method.num_groups), self.method.num_descent_steps
         descent = Descent(
@@ -237,7 +246,8 @@ class FinishedLearner(CalibratedLearner):
                     write_checkpoint(path, descent.state_dict())
         path.unlink(missing_ok=True)
         ends = (descent.orders, descent.best)
-        return next((end for end in ends if self.calibration_loss(self._pruned_values(end)) < loss), orders)
+        better = (end for end in ends if self.calibration_loss(self._pruned_values(end)) < loss)
+        return next(better, orders), descent.losses
 
     def _loss_of_a_batch(self, orders: Orders, step: int) -> tuple[float, dict[str, Tensor]]:
         """A batch's part of the calibration loss and its gradient for all weights; every epoch has its own order."""

@@ -1,6 +1,6 @@
-"""What a pruning lost, layer by layer, and how polishing went."""
+"""What a pruning lost, layer by layer, and how descent and polishing went."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,9 @@ from matplotlib.figure import Figure
 from permlab.figure.style import PALETTE, new_figure
 from permlab.record.stored import read_arrays
 
+# Calibration losses on the way to the final orders, by what they are counted in.
+TRACES = {"rounds of the descent": "descent_loss", "sets of swaps tried": "polished_loss"}
+
 
 def draw(run_dir: Path) -> Figure | None:
     """What each layer and site of a pruning lost."""
@@ -16,21 +19,26 @@ def draw(run_dir: Path) -> Figure | None:
     if not arrays:
         return None
     layers, errors = arrays["layer"].tolist(), arrays["reconstruction_error"]
-    return pruning_figure(layers, errors, arrays["site"].tolist(), arrays["retained"], arrays["polished_loss"])
+    traces = {label: arrays[name] for label, name in TRACES.items() if len(arrays.get(name, ()))}
+    return pruning_figure(layers, errors, arrays["site"].tolist(), arrays["retained"], traces)
 
 
 def pruning_figure(
-    layers: Sequence[str], errors: np.ndarray, sites: Sequence[str], retained: np.ndarray, polished_loss: np.ndarray
+    layers: Sequence[str],
+    errors: np.ndarray,
+    sites: Sequence[str],
+    retained: np.ndarray,
+    traces: Mapping[str, np.ndarray],
 ) -> Figure:
-    """Reconstruction error of every layer, retained score of every site, and the loss while swaps were tried.
+    """Reconstruction error of every layer, retained score of every site, and the loss while swaps were made.
 
     Args:
         layers, errors: relative error of each layer's output on held-out inputs.
         sites, retained: share of the score that each site's mask keeps.
-        polished_loss: calibration loss after every step of polishing; empty if there was none.
+        traces: calibration losses, by what they are counted in.
     """
     num_bars = max(len(layers), len(sites))
-    panels = 3 if len(polished_loss) else 2
+    panels = 2 + len(traces)
     figure = new_figure(4.6 * panels, 0.24 * num_bars + 1.4)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for panel, names, values, colour, label in (
@@ -43,9 +51,9 @@ def pruning_figure(
         panel.invert_yaxis()
         panel.set_xlabel(label)
         panel.set_xlim(left=0)
-    if panels == 3:
-        axes[2].plot(np.arange(len(polished_loss)), polished_loss, color=PALETTE[2])
-        axes[2].set_xlabel("sets of swaps tried")
-        axes[2].set_ylabel("divergence from dense, calibration")
-        axes[2].set_ylim(bottom=0)
+    for panel, (label, losses) in zip(axes[2:], traces.items(), strict=True):
+        panel.plot(np.arange(len(losses)), losses, color=PALETTE[2])
+        panel.set_xlabel(label)
+        panel.set_ylabel("divergence from dense, calibration")
+        panel.set_ylim(bottom=0)
     return figure
