@@ -609,7 +609,8 @@ def trace(preset: str, changes: dict[str, Any]) -> list[Any]:
     method = make(preset, 6, **changes).double()
     items = items_of(5, 6).double()
     found = [method.search(replace(channels(), updates_weights=updates)) for updates in (False, True)]
-    seen: list[Any] = [method.lr, method.num_polish_steps, *found]
+    read = [method.lr, method.num_polish_steps, method.num_descent_steps, method.swap_share]  # by the task
+    seen: list[Any] = [*read, *found]
     for number in range(12):
         method.advance(number, 12)
         sample = method(items, generator=seeded(number))
