@@ -197,6 +197,8 @@ def test_a_study_runs_in_parallel_and_goes_on_where_it_stopped(
     assert (tmp_path / "results" / "tiny.md").read_text() == text
     assert main([*arguments, "--table"]) == 0
     assert "fixed" not in (tmp_path / "results" / "tiny.md").read_text(), "without --kept only what lies here counts"
+    assert main([*arguments, "--table", "--kept"]) == 0
+    assert (tmp_path / "results" / "tiny.md").read_text() == text, "its lines have stayed"
 
 
 def linger(seconds: float, code: int) -> None:

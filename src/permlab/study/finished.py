@@ -54,14 +54,14 @@ def find_finished(plan: Plan | None, kept: Kept | None = None) -> Finished | Non
 
 
 def write_kept(runs: Iterable[Finished], path: Path) -> None:
-    """Write a line for each run."""
-    lines = {run.name: run for run in runs}
-    write_text(path, "".join(json_line(_line(name, run)) for name, run in sorted(lines.items())))
+    """Write a line for each run, beside those of other runs that the file has."""
+    lines = {**read_kept(path), **{run.name: _kept(run) for run in runs}}
+    write_text(path, "".join(json_line({"run": name, **line}) for name, line in sorted(lines.items())))
 
 
-def _line(name: str, run: Finished) -> dict[str, Any]:
+def _kept(run: Finished) -> dict[str, Any]:
     provenance = {key: run.provenance[key] for key in KEPT if key in run.provenance}
-    return {"run": name, "summary": dict(run.summary), "provenance": provenance}
+    return {"summary": dict(run.summary), "provenance": provenance}
 
 
 def read_kept(path: Path) -> Kept:
