@@ -22,6 +22,8 @@ from permlab.run.outlook import LONG_SECONDS, Outlook, Training
 
 # Part of a large matrix product's speed that training reaches, roughly.
 UTILISATION = 0.6
+# The same where products are so large that all else hardly counts: of models that are not tried.
+LARGE_UTILISATION = 0.9
 # Seconds that a call of one of torch's operators takes however small its tensors are, roughly.
 CALL_SECONDS = 8e-6
 # A forward pass and its gradients: those of a product are two products.
@@ -105,13 +107,16 @@ def matmul_speed(device: str, dtype: torch.dtype, num_threads: int) -> float:
     return best
 
 
-def passes_seconds(shape: Shape, num_samples: int, passes: float, speed: float) -> float:
+def passes_seconds(
+    shape: Shape, num_samples: int, passes: float, speed: float, utilisation: float = UTILISATION
+) -> float:
     """Seconds of passes over so many samples at once, a gradient's counted as two.
 
     Args:
         speed: of matrix products.
+        utilisation: part of that speed that is reached.
     """
-    return passes * max(num_samples * shape.flops / (UTILISATION * speed), CALL_SECONDS * shape.num_operations)
+    return passes * max(num_samples * shape.flops / (utilisation * speed), CALL_SECONDS * shape.num_operations)
 
 
 def step_seconds(training: Training) -> float:
@@ -122,6 +127,12 @@ def step_seconds(training: Training) -> float:
     return config["trainer"]["accumulate_grad_batches"] * passes_seconds(
         shape_of(training.plan), samples, passes, speed_of(config["trainer"])
     )
+
+
+def beside_seconds(plan: Plan) -> float:
+    """Seconds of what goes through the model beside steps, validations and tests."""
+    count = sum(plan.task.passes(plan).values())
+    return passes_seconds(shape_of(plan), 1, count, speed_of(plan.config["trainer"])) if count else 0.0
 
 
 def speed_of(trainer: Mapping[str, Any]) -> float:
@@ -138,7 +149,10 @@ def foretold(plan: Plan) -> Outlook:
     """
     outlook = Outlook(plan)
     try:
-        seconds = sum(step_seconds(training) * (training.num_steps or 0) for training in outlook.trainings)
+        seconds = sum(
+            step_seconds(training) * (training.num_steps or 0) + beside_seconds(training.plan)
+            for training in outlook.trainings
+        )
     except Exception:  # whatever a backbone does without numbers: the run itself will say what is wrong, if anything is
         return outlook
     outlook.step_cost = step_seconds

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from permlab.config.plan import Plan
-from permlab.run.estimate import WITH_GRADIENTS, Shape, passes_seconds, shape_of, speed_of
+from permlab.run.estimate import LARGE_UTILISATION, WITH_GRADIENTS, Shape, passes_seconds, shape_of, speed_of
 from permlab.run.outlook import Training
 from permlab.run.rehearsal import Rehearsal, amounts, rehearse, resident_bytes
 
@@ -189,15 +189,27 @@ def _by_products(training: Training, shape: Shape, imports: float) -> Projection
     samples = batch_size * trainer["accumulate_grad_batches"]
     passes, speed = WITH_GRADIENTS * plan.task.effort, speed_of(trainer)
     flops = passes * samples * shape.flops
-    parts = [Part("training", often.steps * passes_seconds(shape, samples, passes, speed), often.steps * flops)]
+    parts = [
+        Part(
+            "training",
+            often.steps * passes_seconds(shape, samples, passes, speed, LARGE_UTILISATION),
+            often.steps * flops,
+        )
+    ]
     evaluations = {
         "validation": often.validations * often.val_batches,
         "test": plan.task.num_tests * often.test_batches,
     }
     for name, times in evaluations.items():
-        parts.append(Part(name, times * passes_seconds(shape, batch_size, 1, speed), times * batch_size * shape.flops))
-    for name, count in plan.task.passes().items():
-        parts.append(Part(name, passes_seconds(shape, 1, count, speed), count * shape.flops))
+        parts.append(
+            Part(
+                name,
+                times * passes_seconds(shape, batch_size, 1, speed, LARGE_UTILISATION),
+                times * batch_size * shape.flops,
+            )
+        )
+    for name, count in plan.task.passes(plan).items():
+        parts.append(Part(name, passes_seconds(shape, 1, count, speed, LARGE_UTILISATION), count * shape.flops))
     size = 4 * shape.num_parameters
     kinds = {"weights": size} | ({"gradients": size, "optimiser state": 2 * size} if plan.task.trains_model else {})
     return Projection(

@@ -106,8 +106,11 @@ class Task:
         """Settings without effect in this composition, beside those of the class constants `no_effect`."""
         return iter(())
 
-    def passes(self) -> Mapping[str, float]:
-        """Samples that go through the model beside steps, validations and tests, by what for; as far as it is known."""
+    def passes(self, plan: Plan) -> Mapping[str, float]:
+        """Samples that go through the model beside steps, validations and tests, by what for; as far as it is known.
+
+        One for which a gradient is asked counts as three.
+        """
         return {}
 
     def complete(self, config: dict[str, Any]) -> None:

@@ -288,9 +288,16 @@ class Prune(Task):
     def _orders_learn(self, plan: Plan) -> bool:
         return "lr" in component_options("method", plan.config["method"]["component"])
 
-    def passes(self) -> Mapping[str, float]:
+    def passes(self, plan: Plan) -> Mapping[str, float]:
         walks = 2 if self.calibrate == "sequential" else 1
-        return {"calibration": (walks + 1) * self.num_samples, "quality": 2 * self.num_samples}
+        found = {"calibration": (walks + 1) * self.num_samples, "quality": 2 * self.num_samples}
+        method, batch_size = plan.config["method"], plan.config["data"]["batch_size"]
+        descended, polished = (method.get(f"num_{name}_steps") or 0 for name in ("descent", "polish"))
+        if descended:
+            found["descent"] = 3 * descended * min(batch_size, self.num_samples)
+        if polished:
+            found["polishing"] = 3 * (polished + 1) * self.num_samples
+        return found
 
     def complete(self, config: dict[str, Any]) -> None:
         if self.dense or self._trained_by(config) is None:
