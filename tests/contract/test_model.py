@@ -258,10 +258,12 @@ def test_the_order_matters_where_the_model_says_so(preset, kind, chosen):
     with torch.no_grad():
         for name, order in orders(model.num_items).items():
             change = _distance(model.read(items), model.read(items[:, order]))
-            if model.order_matters:
-                assert change > 1e-6, f"order_matters is true, and items {name} have the same logits: {change:.1e}"
+            told = "reversal_matters" if name == "reversed" else "order_matters"
+            # Some of transformers' softmaxes are in single precision whatever the model is in.
+            if getattr(model, told):
+                assert change > 1e-6, f"{told} is true, and items {name} have the same logits: {change:.1e}"
             else:
-                assert change < 1e-9, f"order_matters is false, and items {name} move the logits by {change:.1e}"
+                assert change < 1e-6, f"{told} is false, and items {name} move the logits by {change:.1e}"
 
 
 # State

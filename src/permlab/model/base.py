@@ -54,6 +54,15 @@ class Backbone(nn.Module):
         return True
 
     @property
+    def reversal_matters(self) -> bool:
+        """Whether logits change when the items are read from the last one to the first.
+
+        They do where the order matters, unless a model says otherwise. One for which this is false learns an order
+        up to its direction.
+        """
+        return self.order_matters
+
+    @property
     def idle_parameters(self) -> tuple[str, ...]:
         """Names of the parameters on which no logit depends under this model's options.
 

@@ -1,7 +1,7 @@
 """Vision Mamba: a bidirectional state-space model over patches."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -36,7 +36,92 @@ class Progress(NamedTuple):
     memories: tuple[Memory, ...]
 
 
-class Vim(Backbone):
+class ScanBackbone(Backbone):
+    """Patches, a class token in the middle, a position table, and blocks that scan.
+
+    Args:
+        spec: shape of the images.
+        blocks: from tokens to tokens; drawn one after the other, behind the patch embedding.
+        norm: of the features.
+        has_class: whether there is a class token.
+        patch_size, position, readout, pretrained: as `Vim` has them.
+    """
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        blocks: Iterable[nn.Module],
+        norm: nn.Module,
+        *,
+        width: int,
+        patch_size: int,
+        position: str,
+        readout: str,
+        has_class: bool,
+        pretrained: str | None,
+    ) -> None:
+        super().__init__()
+        self.set_grid(spec, patch_size)
+        self.num_features = width
+        self.position, self.readout = position, readout
+        self.patch_embed = _patch_embedding(spec.channels, width, patch_size)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+        self.head = nn.Linear(width, spec.num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        self.cls_token = _table(1, width) if has_class else None
+        self.pos_embed = _table(self.num_items + has_class, width) if position != "none" else None
+        if pretrained is not None:
+            load_fitting(pretrained, self)
+
+    def embed(self, inputs: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+        items = self.patch_embed(inputs).flatten(2).mT
+        return self._add_positions(items) if self.position == "item" else items
+
+    def encode(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
+        return self.pool(self.tokens(items))
+
+    def tokens(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b t d"]:
+        tokens = self._add_positions(items) if self.position == "slot" else items
+        middle = self.num_items // 2
+        if self.cls_token is not None:
+            # The table's last entry is the class token's.
+            token = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, -1:]
+            tokens = torch.cat([tokens[:, :middle], token.expand(len(tokens), -1, -1), tokens[:, middle:]], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def pool(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b d"]:
+        if self.readout == "mean":
+            return self.items_of(tokens).mean(1)
+        return tokens[:, self.num_items // 2 if self.readout == "cls" else -1]
+
+    def items_of(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b n d"]:
+        if self.cls_token is None:
+            return tokens
+        middle = self.num_items // 2
+        return torch.cat([tokens[:, :middle], tokens[:, middle + 1 :]], dim=1)
+
+    @property
+    def stages(self) -> Sequence[nn.Module]:
+        return tuple(self.blocks)
+
+    @property
+    def item_positions(self) -> tuple[str, int, int] | None:
+        return None if self.pos_embed is None else ("pos_embed", 0, int(self.cls_token is not None))
+
+    def adapt(self, state: Mapping[str, Tensor], grid: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        """As of every backbone; tensors under their published names get ours."""
+        return super().adapt(from_published(state) if is_published(state) else state, grid)
+
+    def _add_positions(self, items: Tensor) -> Tensor:
+        assert self.pos_embed is not None
+        return items + self.pos_embed[:, : self.num_items]
+
+
+class Vim(ScanBackbone):
     """Vision Mamba: patches, a class token in the middle, and blocks that scan both ways.
 
     Every state-space layer forgets with distance, so the logits depend on the order of the items
@@ -95,24 +180,22 @@ class Vim(Backbone):
         direction: Literal["bidirectional", "forward"],
         pretrained: Annotated[Verbatim | None, AddedLater(None)] = None,
     ) -> None:
-        super().__init__()
-        self.set_grid(spec, patch_size)
-        self.num_features = width
-        self.position, self.readout, self.direction = position, readout, direction
-        self.patch_embed = _patch_embedding(spec.channels, width, patch_size)
-        rates = [drop_path * index / max(1, depth - 1) for index in range(depth)]
-        self.blocks = nn.ModuleList(
-            Block(Mixer(width, num_states, expand, conv_kernel, direction, depth=depth), width, rate) for rate in rates
+        rates = drop_path_rates(drop_path, depth)
+        super().__init__(
+            spec,
+            (
+                Block(Mixer(width, num_states, expand, conv_kernel, direction, depth=depth), width, rate)
+                for rate in rates
+            ),
+            nn.RMSNorm(width, eps=1e-5),
+            width=width,
+            patch_size=patch_size,
+            position=position,
+            readout=readout,
+            has_class=readout == "cls",
+            pretrained=pretrained,
         )
-        self.norm = nn.RMSNorm(width, eps=1e-5)
-        self.head = nn.Linear(width, spec.num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
-        self.cls_token = _table(1, width) if readout == "cls" else None
-        num_positions = self.num_items + (readout == "cls")
-        self.pos_embed = _table(num_positions, width) if position != "none" else None
-        if pretrained is not None:
-            load_fitting(pretrained, self)
+        self.direction = direction
 
     @property
     def idle_parameters(self) -> tuple[str, ...]:
@@ -120,24 +203,6 @@ class Vim(Backbone):
         if self.readout != "last" or self.direction != "bidirectional":
             return ()
         return (f"blocks.{len(self.blocks) - 1}.mixer.A_b_log",)
-
-    def embed(self, inputs: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
-        items = self.patch_embed(inputs).flatten(2).mT
-        return self._add_positions(items) if self.position == "item" else items
-
-    def encode(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
-        return self.pool(self.tokens(items))
-
-    def tokens(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b t d"]:
-        tokens = self._add_positions(items) if self.position == "slot" else items
-        middle = self.num_items // 2
-        if self.cls_token is not None:
-            # The table's last entry is the class token's.
-            token = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, -1:]
-            tokens = torch.cat([tokens[:, :middle], token.expand(len(tokens), -1, -1), tokens[:, middle:]], dim=1)
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.norm(tokens)
 
     def step(
         self, items: Float[Tensor, "b l d"], progress: Progress | None = None
@@ -176,33 +241,6 @@ class Vim(Backbone):
             after.append(memory)
         return self.norm(tokens), Progress(start + items.shape[1], tuple(after))
 
-    def pool(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b d"]:
-        if self.readout == "mean":
-            return tokens.mean(1)
-        return tokens[:, self.num_items // 2 if self.readout == "cls" else -1]
-
-    def items_of(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b n d"]:
-        if self.cls_token is None:
-            return tokens
-        middle = self.num_items // 2
-        return torch.cat([tokens[:, :middle], tokens[:, middle + 1 :]], dim=1)
-
-    @property
-    def stages(self) -> Sequence[nn.Module]:
-        return tuple(self.blocks)
-
-    @property
-    def item_positions(self) -> tuple[str, int, int] | None:
-        return None if self.pos_embed is None else ("pos_embed", 0, int(self.cls_token is not None))
-
-    def adapt(self, state: Mapping[str, Tensor], grid: tuple[int, int] | None = None) -> dict[str, Tensor]:
-        """As of every backbone; tensors under their published names get ours."""
-        return super().adapt(from_published(state) if is_published(state) else state, grid)
-
-    def _add_positions(self, items: Tensor) -> Tensor:
-        assert self.pos_embed is not None
-        return items + self.pos_embed[:, : self.num_items]
-
 
 class Block(nn.Module):
     """Pre-norm residual block around a mixer."""
@@ -210,11 +248,7 @@ class Block(nn.Module):
     def __init__(self, mixer: "Mixer", width: int, drop_path: float) -> None:
         super().__init__()
         self.norm, self.mixer = nn.RMSNorm(width, eps=1e-5), mixer
-        self.drop_path: nn.Module = nn.Identity()
-        if drop_path > 0:
-            from timm.layers import DropPath  # seconds to import, and rarely wanted
-
-            self.drop_path = DropPath(drop_path)
+        self.drop_path = drop_path_of(drop_path)
 
     def forward(self, tokens: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
         return tokens + self.drop_path(self.mixer(self.norm(tokens)))
@@ -224,12 +258,71 @@ class Block(nn.Module):
         return tokens + self.drop_path(mixed), memory
 
 
-class Mixer(nn.Module):
-    """Gated selective scan, forward and, with its own convolution and scan parameters, backward.
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Probabilities of leaving out a block's branches, linear from 0 at the first to the given one at the last."""
+    return [last * index / max(1, depth - 1) for index in range(depth)]
 
-    Parameters of the backward direction have Vim's names: `conv1d_b`, `x_proj_b`, `dt_proj_b`,
+
+def drop_path_of(probability: float) -> nn.Module:
+    """Leaves out a branch in training, each sample for itself."""
+    if probability == 0:
+        return nn.Identity()
+    from timm.layers import DropPath  # seconds to import, and rarely wanted
+
+    return DropPath(probability)
+
+
+class SelectiveScans(nn.Module):
+    """Gated selective scans in several directions, each with its own convolution and scan parameters.
+
+    Their parameters have Vim's names: those of the second direction are `conv1d_b`, `x_proj_b`, `dt_proj_b`,
     `A_b_log`, `D_b`. Projections in and out are shared.
     """
+
+    def __init__(
+        self, width: int, num_states: int, expand: int, conv_kernel: int, suffixes: Sequence[str], *, depth: int
+    ) -> None:
+        super().__init__()
+        inner = expand * width
+        self.dt_rank, self.num_states = math.ceil(width / 16), num_states
+        self.in_proj = nn.Linear(width, 2 * inner, bias=False)
+        for suffix in suffixes:
+            conv = nn.Conv1d(inner, inner, conv_kernel, groups=inner, padding=conv_kernel - 1)
+            x_proj = nn.Linear(inner, self.dt_rank + 2 * num_states, bias=False)
+            rates = torch.arange(1, num_states + 1, dtype=torch.float32).log().repeat(inner, 1)
+            setattr(self, f"conv1d{suffix}", conv)
+            setattr(self, f"x_proj{suffix}", x_proj)
+            setattr(self, f"dt_proj{suffix}", _step_projection(self.dt_rank, inner))
+            setattr(self, f"A{suffix}_log", free_of_decay(nn.Parameter(rates)))
+            setattr(self, f"D{suffix}", free_of_decay(nn.Parameter(torch.ones(inner))))
+        self.out_proj = nn.Linear(inner, width, bias=False)
+        with torch.no_grad():
+            self.out_proj.weight /= math.sqrt(depth)
+
+    def _scan(self, x: Float[Tensor, "b e l"], z: Float[Tensor, "b e l"], suffix: str) -> Float[Tensor, "b e l"]:
+        u = F.silu(getattr(self, f"conv1d{suffix}")(x)[..., : x.shape[-1]])
+        bias = getattr(self, f"dt_proj{suffix}").bias
+        return selective_scan(*self._coefficients(u, suffix), z=z, delta_bias=bias, delta_softplus=True)
+
+    def _scan_both_ways(
+        self, x: Float[Tensor, "b e l"], z: Float[Tensor, "b e l"], forward: str, backward: str
+    ) -> Float[Tensor, "b e l"]:
+        """Sum of a scan from the first token to the last and of one back, by the suffixes of their parameters."""
+        return self._scan(x, z, forward) + self._scan(x.flip(-1), z.flip(-1), backward).flip(-1)
+
+    def _coefficients(
+        self, u: Float[Tensor, "b e l"], suffix: str
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The scan's u, delta, A, B, C and D."""
+        x_proj, dt_proj = getattr(self, f"x_proj{suffix}"), getattr(self, f"dt_proj{suffix}")
+        rates = getattr(self, f"A{suffix}_log")
+        step, B, C = x_proj(u.mT).mT.split([self.dt_rank, self.num_states, self.num_states], dim=1)
+        A = -rates.float().exp() if rates.dtype != torch.float64 else -rates.exp()
+        return u, dt_proj(step.mT).mT, A, B, C, getattr(self, f"D{suffix}")
+
+
+class Mixer(SelectiveScans):
+    """Selective scan forward and, with `direction=bidirectional`, backward."""
 
     A_log: nn.Parameter
     A_b_log: nn.Parameter
@@ -237,29 +330,13 @@ class Mixer(nn.Module):
     def __init__(
         self, width: int, num_states: int, expand: int, conv_kernel: int, direction: str, *, depth: int
     ) -> None:
-        super().__init__()
-        inner = expand * width
-        self.dt_rank, self.num_states = math.ceil(width / 16), num_states
-        self.suffixes = ("", "_b") if direction == "bidirectional" else ("",)
-        self.in_proj = nn.Linear(width, 2 * inner, bias=False)
-        for suffix in self.suffixes:
-            conv = nn.Conv1d(inner, inner, conv_kernel, groups=inner, padding=conv_kernel - 1)
-            x_proj = nn.Linear(inner, self.dt_rank + 2 * num_states, bias=False)
-            rates = torch.arange(1, num_states + 1, dtype=torch.float32).log().repeat(inner, 1)
-            setattr(self, f"conv1d{suffix}", conv)
-            setattr(self, f"x_proj{suffix}", x_proj)
-            setattr(self, f"dt_proj{suffix}", _step_projection(self.dt_rank, inner))
-            setattr(self, "A_log" if not suffix else "A_b_log", free_of_decay(nn.Parameter(rates)))
-            setattr(self, f"D{suffix}", free_of_decay(nn.Parameter(torch.ones(inner))))
-        self.out_proj = nn.Linear(inner, width, bias=False)
-        with torch.no_grad():
-            self.out_proj.weight /= math.sqrt(depth)
+        suffixes = ("", "_b") if direction == "bidirectional" else ("",)
+        super().__init__(width, num_states, expand, conv_kernel, suffixes, depth=depth)
+        self.is_bidirectional = direction == "bidirectional"
 
     def forward(self, tokens: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
         x, z = self.in_proj(tokens).mT.chunk(2, dim=1)
-        y = self._scan(x, z, "")
-        if len(self.suffixes) == 2:
-            y = (y + self._scan(x.flip(-1), z.flip(-1), "_b").flip(-1)) / 2
+        y = self._scan_both_ways(x, z, "", "_b") / 2 if self.is_bidirectional else self._scan(x, z, "")
         return self.out_proj(y.mT)
 
     def step(self, tokens: Float[Tensor, "b l d"], memory: Memory | None) -> tuple[Float[Tensor, "b l d"], Memory]:
@@ -279,21 +356,6 @@ class Mixer(nn.Module):
             return_last_state=True,
         )
         return self.out_proj(y.mT), Memory(x[..., x.shape[-1] - length :], state)
-
-    def _scan(self, x: Float[Tensor, "b e l"], z: Float[Tensor, "b e l"], suffix: str) -> Float[Tensor, "b e l"]:
-        u = F.silu(getattr(self, f"conv1d{suffix}")(x)[..., : x.shape[-1]])
-        bias = getattr(self, f"dt_proj{suffix}").bias
-        return selective_scan(*self._coefficients(u, suffix), z=z, delta_bias=bias, delta_softplus=True)
-
-    def _coefficients(
-        self, u: Float[Tensor, "b e l"], suffix: str
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The scan's u, delta, A, B, C and D."""
-        x_proj, dt_proj = getattr(self, f"x_proj{suffix}"), getattr(self, f"dt_proj{suffix}")
-        rates = self.A_log if not suffix else self.A_b_log
-        step, B, C = x_proj(u.mT).mT.split([self.dt_rank, self.num_states, self.num_states], dim=1)
-        A = -rates.float().exp() if rates.dtype != torch.float64 else -rates.exp()
-        return u, dt_proj(step.mT).mT, A, B, C, getattr(self, f"D{suffix}")
 
 
 def _patch_embedding(channels: int, width: int, patch_size: int) -> nn.Conv2d:

@@ -1,12 +1,16 @@
-"""Vision Mamba's weights under their published names: read, brought to a model's shape, and written.
+"""Weights of Vision Mamba and ARM under their published names: read, brought to a model's shape, and written.
 
 The names are those of hustvl/Vim: `layers.0.mixer.in_proj.weight`, `norm_f.weight`, `patch_embed.proj.weight`.
-ARM's code shares them for what the two models share; its blocks are others, and refused. The published position
-table has the class token's row in the middle, where the token stands in the sequence; ours has it last, where no
-number of items moves it.
+OliverRensu/ARM has them too for what the two models share; its blocks have two scans more and an MLP, and what Vim
+calls a mixer are `scans` here. The published position table has the class token's row in the middle, where the token
+stands in the sequence; ours has it last, where no number of items moves it.
+
+ARM's weights from before fine-tuning know one scan, no class token and no last norm: its parameters begin all four
+scans, and what else is missing begins as in a fresh model.
 """
 
 import argparse
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,12 @@ from permlab.model.base import Backbone
 
 # Published beginnings of names, and ours.
 _NAMES = {"layers.": "blocks.", "norm_f.": "norm.", "patch_embed.proj.": "patch_embed."}
+_THEIR_SCANS, _OUR_SCANS = ".mixer.", ".scans."  # in ARM's blocks
+# What each scan has of its own, and the suffixes of the scans that are missing before ARM is fine-tuned.
+_OF_A_SCAN = re.compile(r"\.(conv1d|x_proj|dt_proj|A|D)(?=_log$|\.|$)")
+_OTHER_SCANS = ("_b", "_c", "_c_b")
+# The beginnings of names that only pre-training has: the decoder, and norms of features on several levels.
+_DECODER = ("ar_", "dec_", "enc2dec.", "mask", *(f"norm_{level}." for level in range(1, 5)))
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _PARTS = ("model", "model_ema", "state_dict")  # of a training's checkpoint, the first that is there
 CLASS_TOKEN, TABLE = "cls_token", "pos_embed"
@@ -33,6 +43,11 @@ def is_published(state: Mapping[str, Any]) -> bool:
     return any(name.startswith("layers.") for name in state)
 
 
+def is_arm(state: Mapping[str, Any]) -> bool:
+    """Whether tensors, under their published names or ours, are those of ARM's blocks."""
+    return any(".A_c_log" in name or ".mlp." in name for name in state)
+
+
 def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under our names, the class token's position last.
 
@@ -42,12 +57,16 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         >>> sorted(state), state["pos_embed"].flatten()
         (['cls_token', 'norm.weight', 'pos_embed'], tensor([0., 1., 9.]))
     """
-    return _renamed(state, _NAMES, middle_last)
+    found = _renamed(state, _NAMES, middle_last)
+    return (
+        {name.replace(_THEIR_SCANS, _OUR_SCANS): tensor for name, tensor in found.items()} if is_arm(state) else found
+    )
 
 
 def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `from_published`, to the bit."""
-    return _renamed(state, {ours: theirs for theirs, ours in _NAMES.items()}, last_to_middle)
+    found = _renamed(state, {ours: theirs for theirs, ours in _NAMES.items()}, last_to_middle)
+    return {name.replace(_OUR_SCANS, _THEIR_SCANS): tensor for name, tensor in found.items()}
 
 
 def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str], move: Any) -> dict[str, Tensor]:
@@ -73,10 +92,10 @@ def last_to_middle(table: Tensor) -> Tensor:
 
 
 def save_published(model: nn.Module, file: str | Path) -> None:
-    """Write a Vision Mamba's weights for hustvl/Vim, as safetensors.
+    """Write a Vision Mamba's weights for hustvl/Vim, or an ARM's for OliverRensu/ARM, as safetensors.
 
     Args:
-        model: a `Vim` of ours; its position table may have been learned by item or by slot.
+        model: a `Vim` or an `Arm` of ours; its position table may have been learned by item or by slot.
         file: ending in `.safetensors`.
     Raises:
         ValueError: if the file has another ending.
@@ -141,7 +160,7 @@ def _file_of(source: str) -> Path:
 
 @torch.no_grad()
 def load_fitting(source: str, model: Backbone) -> None:
-    """Load weights of another grid, patch size, number of channels or classes into a Vision Mamba.
+    """Load weights of another grid, patch size, number of channels or classes into a Vision Mamba or an ARM.
 
     Position table and patch embedding are interpolated, as the ViT's are; the head stays as it was
     initialised if its shape is another, and positions or the class token are left out where the model has none.
@@ -151,14 +170,17 @@ def load_fitting(source: str, model: Backbone) -> None:
         model: changed in place.
     Raises:
         ValueError: naming the first tensor that is missing, has no place, or has a shape that cannot be fitted; and
-            for ARM's blocks.
+            for the blocks of the other of the two models.
     """
-    found = read_tensors(source)
+    found, expected = read_tensors(source), model.state_dict()
     theirs = is_published(found)
-    if theirs and any(".A_c_log" in name or ".mlp." in name for name in found):
+    if is_arm(found) and not is_arm(expected):
         raise ValueError(f"pretrained={source}: these are ARM's blocks, with four scans or an MLP, which Vim has not")
+    if is_arm(expected) and not is_arm(found):
+        raise ValueError(f"pretrained={source}: these are no blocks of ARM, which have four scans and an MLP")
     state = from_published(found) if theirs else found
-    expected = model.state_dict()
+    if theirs and is_arm(found) and not any(".A_c_log" in name for name in found):
+        state = _before_fine_tuning(state, expected)
     try:
         state = model.adapt(_without_absent(state, expected))
         state["patch_embed.weight"] = _fit_patches(state["patch_embed.weight"], expected["patch_embed.weight"])
@@ -174,6 +196,19 @@ def load_fitting(source: str, model: Backbone) -> None:
             wrong = f"is {shapes[0]}, not {shapes[1]}" if None not in shapes else "has no place here"
             raise ValueError(f"pretrained={source}: " + (f"{said} {wrong}" if shapes[0] else f"it has no {said}"))
     model.load_state_dict(state)
+
+
+def _before_fine_tuning(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """ARM's state as fine-tuning begins with it: one scan's parameters in all four, no decoder, the rest fresh."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if not name.startswith(_DECODER):
+            names = [_OF_A_SCAN.sub(rf".\1{suffix}", name) for suffix in ("", *_OTHER_SCANS)]
+            found |= dict.fromkeys(names, tensor)
+    if TABLE in found and TABLE in expected:
+        found[TABLE] = torch.cat([found[TABLE], expected[TABLE][:, -1:].to(found[TABLE])], dim=1)
+    fresh = (CLASS_TOKEN, "norm.weight", "norm.bias")
+    return {name: expected[name] for name in fresh if name in expected} | found
 
 
 def _without_absent(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
