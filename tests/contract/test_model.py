@@ -259,11 +259,12 @@ def test_the_order_matters_where_the_model_says_so(preset, kind, chosen):
         for name, order in orders(model.num_items).items():
             change = _distance(model.read(items), model.read(items[:, order]))
             told = "reversal_matters" if name == "reversed" else "order_matters"
-            # Some of transformers' softmaxes are in single precision whatever the model is in.
+            # Longformer's softmax is in single precision whatever the model is in.
+            same = 1e-6 if model.order_matters else 1e-9
             if getattr(model, told):
                 assert change > 1e-6, f"{told} is true, and items {name} have the same logits: {change:.1e}"
             else:
-                assert change < 1e-6, f"{told} is false, and items {name} move the logits by {change:.1e}"
+                assert change < same, f"{told} is false, and items {name} move the logits by {change:.1e}"
 
 
 # State
