@@ -96,7 +96,7 @@ def test_a_slot_depends_on_all_slots_before_it_and_on_none_after(position):
         assert (reached[slot + 1 :] == 0).all()
 
 
-@pytest.mark.parametrize(("position", "readout"), itertools.product(POSITIONS, ["last", "mean"]))
+@pytest.mark.parametrize(("position", "readout"), [*itertools.product(POSITIONS, ["last", "mean"])])
 def test_the_logits_depend_on_the_order(position, readout):
     model = scatter(llama(position=position, readout=readout))
     items = model.embed(torch.rand(3, 2, 4, 6))
@@ -190,7 +190,7 @@ def test_presets_have_the_published_sizes(name, vocabulary, num_parameters):
     assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
 
 
-@pytest.mark.parametrize(("spec", "position"), itertools.product([IMAGES, TEXT], POSITIONS))
+@pytest.mark.parametrize(("spec", "position"), [*itertools.product([IMAGES, TEXT], POSITIONS)])
 def test_gradients_reach_every_parameter(spec, position):
     model = llama(spec, position=position)
     model(torch.rand(3, 2, 4, 6) if spec is IMAGES else torch.randint(40, (3, 12))).square().sum().backward()

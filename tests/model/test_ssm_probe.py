@@ -26,7 +26,7 @@ def sequential_states(items, decay, weight):
     return torch.stack(states, 1)
 
 
-@pytest.mark.parametrize(("readout", "direction"), itertools.product(READOUTS, DIRECTIONS))
+@pytest.mark.parametrize(("readout", "direction"), [*itertools.product(READOUTS, DIRECTIONS)])
 def test_the_weighted_sum_is_the_recurrence(readout, direction):
     model = probe(readout=readout, direction=direction).double()
     items = torch.randn(3, 6, 8, dtype=torch.float64)
@@ -65,7 +65,7 @@ def test_the_initial_memories_span_the_configured_range():
     torch.testing.assert_close(model.dt, torch.tensor([[-2.0, -0.5, 1.0]]).repeat(2, 1))
 
 
-@pytest.mark.parametrize(("readout", "direction", "position"), itertools.product(READOUTS, DIRECTIONS, POSITIONS))
+@pytest.mark.parametrize(("readout", "direction", "position"), [*itertools.product(READOUTS, DIRECTIONS, POSITIONS)])
 def test_gradients_agree_with_finite_differences(readout, direction, position):
     model = probe(num_states=2, readout=readout, direction=direction, position=position).double()
     items = torch.randn(2, 6, 8, dtype=torch.float64, requires_grad=True)
@@ -75,7 +75,7 @@ def test_gradients_agree_with_finite_differences(readout, direction, position):
     )
 
 
-@pytest.mark.parametrize(("readout", "direction", "position"), itertools.product(READOUTS, DIRECTIONS, POSITIONS))
+@pytest.mark.parametrize(("readout", "direction", "position"), [*itertools.product(READOUTS, DIRECTIONS, POSITIONS)])
 def test_the_logits_depend_on_the_order(readout, direction, position):
     model = probe(readout=readout, direction=direction, position=position).double()
     items = model.embed(torch.rand(3, 2, 4, 6, dtype=torch.float64))
