@@ -40,6 +40,8 @@ class IdxImages:
             them by up to four pixels over a black border.
         resize: height and width, in pixels, to which images are stretched on the device, bicubically; null leaves
             them as they are. For models with patches that are as large as a part of such an image.
+        shuffle_labels: permute the labels of the training split, by seed: a null experiment, in which nothing can be
+            learned from them. Validation and test keep theirs.
     Raises:
         ValueError: if `prefix` names a folder.
     Source: LeCun, Cortes and Burges 1998, the MNIST database.
@@ -59,12 +61,14 @@ class IdxImages:
         patch_size: PositiveInt,
         augment: Literal["none", "flip", "crop_flip"],
         resize: Annotated[PositiveInt | None, AddedLater(None)],
+        shuffle_labels: Annotated[bool, AddedLater(False)] = False,
     ) -> None:
         if "/" in prefix:
             raise ValueError(f"prefix {prefix}: expected the beginning of a file's name; root is the folder")
         self.root, self.prefix, self.transpose = Path(root), prefix, transpose
         self.mean, self.sd, self.num_val = mean, sd, num_val
         self.patch_size, self.augment, self.resize = patch_size, augment, resize
+        self.shuffle_labels = shuffle_labels
 
     def spec(self) -> DataSpec:
         """Shape of the images and number of classes, from the headers of the images and from the labels.
@@ -89,7 +93,7 @@ class IdxImages:
 
     def dataset(self, split: str, seed: int) -> "PixelDataset":
         """Images float32 `[1, height, width]` and labels of `train`, `val` or `test`."""
-        from permlab.data.image import PixelDataset, stratified_number
+        from permlab.data.image import PixelDataset, stratified_number, training_labels
 
         self.spec()
         part = "test" if split == "test" else "train"
@@ -102,7 +106,8 @@ class IdxImages:
         if self.transpose:
             pixels = np.ascontiguousarray(pixels.swapaxes(1, 2))
         augment = self.augment if split == "train" else "none"
-        pixels, labels = pixels[:, None], labels[chosen]
+        shuffle = self.shuffle_labels and split == "train"
+        pixels, labels = pixels[:, None], training_labels(labels[chosen], seed, shuffle=shuffle)
         return PixelDataset(
             pixels, labels, mean=(self.mean,), sd=(self.sd,), augment=augment, seed=seed, size=self._size()
         )

@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from runs import SHORT, assemble, configure, train
 
 from permlab.config.build import build
+from permlab.config.compose import resolve_train
 from permlab.data.spec import DataSpec
 from permlab.errors import ConfigError
 from permlab.permutation import permute
+from permlab.record.stored import read_arrays, read_plan
+from permlab.run.companion import companion_plan
 from permlab.task.classify.learner import ClassifyLearner
 from permlab.task.classify.teacher import TimmTeacher, load_teacher
 
@@ -117,6 +120,43 @@ def test_a_frozen_method_does_not_move(tmp_path) -> None:
     entropy = [line["permutation/entropy"] for line in result.metrics]
     assert len(set(kendall[8:])) == len(set(entropy[8:])) == 1
     assert len(set(entropy[:8])) > 1
+
+
+# Labels that say nothing
+
+
+def test_an_order_learned_from_shuffled_labels_is_tried_on_true_ones(tmp_path) -> None:
+    """The comparisons are those of the run with true labels, but for the order of `refit`."""
+    null = train(tmp_path, "data.shuffle_labels=true", "optim.lr=0.1", steps=60)
+    plan = resolve_train(null.where)[0]
+    order = read_arrays(null.run_dir / "arrays" / "order.npz")
+    assert null.code == 0, null.err
+    beside = {name: companion_plan(plan, other) for name, other in plan.task.beside(plan, order).items()}
+    assert list(beside) == ["control", "refit"]
+    for name, other in beside.items():
+        stored = read_plan(other.directory)
+        true, used = (build("data", config["data"]) for config in (configure(SHORT), stored.config))
+        assert torch.equal(used.dataset("train", 0).labels, true.dataset("train", 0).labels), name
+    used = build("data", null.config["data"])
+    assert not torch.equal(used.dataset("train", 0).labels, true.dataset("train", 0).labels)
+    plain = resolve_train([word for word in null.where if "shuffle" not in word])[0]
+    control = plain.task.beside(plain, {})["control"]
+    assert companion_plan(plain, control).directory == beside["control"].directory, "it is shared with the true run"
+    accuracies = [null.summary[f"test/accuracy{name}"] for name in ("", "_control", "_refit")]
+    assert accuracies[0] < 0.2 < 0.25 < min(accuracies[1:]), accuracies
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method=fixed"], "data.shuffle_labels=true: method=fixed learns no order"),
+        (["task.teacher=timm/resnet10t", "task.distill_weight=1"], "data.shuffle_labels=true: task.teacher=timm"),
+        (["task=probe"], "data.shuffle_labels=true: task=probe learns no order"),
+    ],
+)
+def test_shuffled_labels_are_refused_where_they_are_no_null_experiment(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve_train([*words, "data.shuffle_labels=true"])
 
 
 # Distillation

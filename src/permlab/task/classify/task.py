@@ -19,6 +19,9 @@ class Classify(Task):
     `control` reads in the starting order; `refit` is a fresh model that reads in the learned order.
     A method whose order depends on the image has no single order to refit.
 
+    With `data.shuffle_labels` the order is learned from labels that say nothing, while both comparisons are
+    trained on the true ones: what `refit` then gains over `control` does not come from learning.
+
     Args:
         spec: shape of the data.
         control: also train the starting order held fixed, and a fresh model under the learned order.
@@ -71,6 +74,19 @@ class Classify(Task):
         )
 
     def problems(self, plan: Plan) -> list[str]:
+        return [*self._problems_of_teacher(), *self._problems_of_labels(plan)]
+
+    def _problems_of_labels(self, plan: Plan) -> list[str]:
+        config = plan.config
+        if not config["data"].get("shuffle_labels"):
+            return []
+        if config["method"]["component"] == "fixed":
+            return [f"data.shuffle_labels=true: method={config['method']['name']} learns no order from labels"]
+        if self.teacher is not None:
+            return [f"data.shuffle_labels=true: task.teacher={self.teacher} tells what the labels no longer do"]
+        return []
+
+    def _problems_of_teacher(self) -> list[str]:
         if self.teacher is None:
             weights = {"distill_weight": self.distill_weight, "feature_weight": self.feature_weight}
             return [f"task.{key}={weight}: needs task.teacher" for key, weight in weights.items() if weight]
@@ -99,10 +115,11 @@ class Classify(Task):
 
 
 def _at_order(plan: Plan, order: str | list[int]) -> Companion:
-    """The same training with an order that is held fixed."""
+    """The same training with an order that is held fixed, on true labels."""
     fixed = {"name": "fixed", "component": "fixed", "order": order}
+    labels = {"data.shuffle_labels": False} if plan.config["data"].get("shuffle_labels") else {}
     return Companion(
         take=tuple(plan.config),
-        change={"method": fixed, "task.control": False, "force": False, "ckpt_path": None},
+        change={"method": fixed, "task.control": False, "force": False, "ckpt_path": None, **labels},
         shorten="task.control=false",
     )
