@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 
+from permlab.data.hidden import hidden_order, rearranged, true_order
 from permlab.data.spec import DataSpec
-from permlab.option import AddedLater, Fraction
+from permlab.option import AddedLater, Fraction, NonNegativeInt
 
 if TYPE_CHECKING:
     from permlab.data.loader import ArrayDataset
@@ -22,6 +23,7 @@ class Digits:
         test_fraction: part of the images that is looked at once, at the end.
         shuffle_labels: permute the labels of the training split, by seed: a null experiment, in which nothing can be
             learned from them. Validation and test keep theirs.
+        hidden_seed: draws one order in which the pixels of all images lie, for methods to find; null: as they are.
     Raises:
         ValueError: if a fraction is below 0.01, or both leave less than 0.05 to train on.
     Source: scikit-learn `load_digits`; Alpaydin and Kaynak 1998, UCI repository.
@@ -35,6 +37,7 @@ class Digits:
         val_fraction: Fraction,
         test_fraction: Fraction,
         shuffle_labels: Annotated[bool, AddedLater(False)] = False,
+        hidden_seed: Annotated[NonNegativeInt | None, AddedLater(None)] = None,
     ) -> None:
         if min(val_fraction, test_fraction) < 0.01 or val_fraction + test_fraction > 0.95:
             raise ValueError(
@@ -42,10 +45,15 @@ class Digits:
                 "and leave 0.05 for training"
             )
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
-        self.shuffle_labels = shuffle_labels
+        self.shuffle_labels, self.hidden_seed = shuffle_labels, hidden_seed
 
     def spec(self) -> DataSpec:
-        return DataSpec(kind="image", num_classes=10, channels=1, height=8, width=8, patch_size=1)
+        hides = self.hidden_seed is not None
+        return DataSpec("image", num_classes=10, channels=1, height=8, width=8, patch_size=1, hides_order=hides)
+
+    def truth(self) -> np.ndarray | None:
+        """Order of the pixels, int64 `[64]`, under which images are as they were; None where they are."""
+        return None if self.hidden_seed is None else true_order(hidden_order(self.hidden_seed, self.spec()))
 
     def dataset(self, split: str, seed: int) -> "ArrayDataset":
         """Images float32 [1, 8, 8] and labels of `train`, `val` or `test` under this seed's split."""
@@ -54,8 +62,11 @@ class Digits:
 
         images, labels = _load()
         index = self._indices(labels, seed)[split]
+        images = images[index]
+        if self.hidden_seed is not None:
+            images = rearranged(images, hidden_order(self.hidden_seed, self.spec()), 1)
         shuffle = self.shuffle_labels and split == "train"
-        return ArrayDataset(images[index], training_labels(labels[index], seed, shuffle=shuffle))
+        return ArrayDataset(images, training_labels(labels[index], seed, shuffle=shuffle))
 
     def _indices(self, labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
         from sklearn.model_selection import train_test_split

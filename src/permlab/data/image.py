@@ -70,7 +70,7 @@ def training_labels(labels: np.ndarray, seed: int, *, shuffle: bool) -> np.ndarr
         labels: int64 `[num_images]`.
     Example:
         >>> training_labels(np.arange(4), 0, shuffle=True).tolist()
-        [2, 1, 0, 3]
+        [1, 2, 3, 0]
     """
     # The third number keeps this draw apart from those of batches and of augmentation.
     return np.random.default_rng([seed, 0, 2]).permutation(labels) if shuffle else labels

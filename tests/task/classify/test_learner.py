@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from runs import SHORT, assemble, configure, train
+from scipy.stats import kendalltau
 
 from permlab.config.build import build
 from permlab.config.compose import resolve_train
@@ -157,6 +158,44 @@ def test_an_order_learned_from_shuffled_labels_is_tried_on_true_ones(tmp_path) -
 def test_shuffled_labels_are_refused_where_they_are_no_null_experiment(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve_train([*words, "data.shuffle_labels=true"])
+
+
+# A hidden order
+
+
+def test_read_in_the_true_order_shuffled_images_are_the_images(tmp_path) -> None:
+    """The truth is told as found, forwards and backwards, and what a model makes of it is what it makes of digits."""
+    words = ("method=fixed", "trainer.log_every_n_steps=10")
+    plain = train(tmp_path, *words, "data=digits", steps=20)
+    truth = build("data", configure(["data=shuffled_digits"])["data"]).truth().tolist()
+    orders = {"true": truth, "reverse": truth[::-1], "row": "row"}
+    found = {
+        name: train(tmp_path, *words, "data=shuffled_digits", f"method.order={order}", steps=20).summary
+        for name, order in orders.items()
+    }
+    assert found["true"]["test/loss"] == plain.summary["test/loss"] != found["row"]["test/loss"]
+    assert not [key for key in plain.summary if key.startswith("truth/")]
+    for name in ("true", "reverse"):
+        assert found[name]["truth/kendall"] == pytest.approx(1)
+        assert found[name]["truth/adjacency"] == pytest.approx(56 / 63)
+    rank = [truth.index(item) for item in range(64)]
+    assert found["row"]["truth/kendall"] == pytest.approx(abs(kendalltau(range(64), rank).statistic), abs=1e-6)
+    assert found["row"]["truth/adjacency"] < 0.2
+
+
+def test_a_learned_order_is_compared_with_the_hidden_one(tmp_path) -> None:
+    result = train(tmp_path, "data=shuffled_digits", "method.lr=0.3", steps=20)
+    order = read_arrays(result.run_dir / "arrays" / "order.npz")["order"].tolist()
+    truth = build("data", result.config["data"]).truth().tolist()
+    ranks = [[one.index(item) for item in range(64)] for one in (order, truth)]
+    assert order != list(range(64))
+    assert result.summary["truth/kendall"] == pytest.approx(abs(kendalltau(*ranks).statistic), abs=1e-6)
+    assert "neighbours that truly are" in result.out
+
+
+def test_a_hidden_order_is_one_of_the_patches_that_are_read() -> None:
+    with pytest.raises(ConfigError, match=r"model.patch_size=2: data=shuffled_digits has patches of 1x1 .* expected 1"):
+        resolve_train(["data=shuffled_digits", "model.patch_size=2"])
 
 
 # Distillation

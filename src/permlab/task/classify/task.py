@@ -1,15 +1,23 @@
 """Classify images whose patches are read in a learned order: what is asked."""
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from permlab.config.check import count_items
 from permlab.config.plan import Plan
 from permlab.config.schema import component_options
 from permlab.data.spec import DataSpec
 from permlab.option import Fraction, NonNegativeFloat, PositiveFloat, Verbatim
 from permlab.task.metric import ACCURACY, Metric, Row
 from permlab.task.task import Companion, Idle, Task
+
+# Numbers of a run whose data set hides an order.
+TRUTH = (
+    Row("|Kendall| to the true order", "truth/kendall", "Kendall to the truth", ".3f"),
+    Row("neighbours that truly are", "truth/adjacency", "true neighbours", ".3f"),
+)
 
 
 class Classify(Task):
@@ -21,6 +29,12 @@ class Classify(Task):
 
     With `data.shuffle_labels` the order is learned from labels that say nothing, while both comparisons are
     trained on the true ones: what `refit` then gains over `control` does not come from learning.
+
+    Where the data set hides an order (`data.hidden_seed`) the summary has, of the learned one, `truth/kendall`, the
+    Kendall correlation with the true raster or its reverse, whichever is larger, and `truth/adjacency`, the share
+    of neighbouring slots whose patches are neighbours in the true image, as they are along any scan. Many orders
+    are good, so both may be low where much is found; what was found is worth the share of the gap closed,
+    (refit - control) / (control on the same images unshuffled - control).
 
     Args:
         spec: shape of the data.
@@ -71,10 +85,22 @@ class Classify(Task):
             Row("starting order, fixed (control)", f"{key}_control", "control"),
             Row("learned order, co-trained", key, "learned"),
             Row("learned order, fresh model (refit)", f"{key}_refit", "refit"),
+            *(TRUTH if self.spec.hides_order else ()),
         )
 
     def problems(self, plan: Plan) -> list[str]:
-        return [*self._problems_of_teacher(), *self._problems_of_labels(plan)]
+        return [*self._problems_of_teacher(), *self._problems_of_labels(plan), *self._problems_of_truth(plan)]
+
+    def _problems_of_truth(self, plan: Plan) -> list[str]:
+        config, side = plan.config, self.spec.patch_size
+        if not self.spec.hides_order or count_items(plan) == math.prod(self.spec.grid(side)):
+            return []
+        given = config["model"].get("patch_size")
+        other = f", or data.patch_size={given}" if "patch_size" in config["data"] else ""
+        return [
+            f"model.patch_size={given}: data={config['data']['name']} has patches of {side}x{side} pixels in a hidden "
+            f"order, which is none of other patches; expected {side}{other}"
+        ]
 
     def _problems_of_labels(self, plan: Plan) -> list[str]:
         config = plan.config
