@@ -54,6 +54,10 @@ def test_equal_pieces_may_stand_for_each_other() -> None:
     wanted = torch.tensor([[[0.0], [5.0], [0.0], [7.0]]])
     assert true_places(wanted[:, [2, 1, 0, 3]], wanted).tolist() == [[0, 1, 2, 3]]
     assert true_places(wanted[:, [3, 1, 2, 0]], wanted).tolist() == [[3, 1, 2, 0]]
+    scores = JigsawScores()
+    scores.update(wanted, wanted)
+    # Two of the four are equal: a slot of theirs holds one of them in half of all orders, another its own in a quarter.
+    assert float(scores.compute()["placed_chance"]) == pytest.approx((2 * 2 / 4 + 2 * 1 / 4) / 4)
     belongs = same_pieces(wanted, wanted[:, [3, 2, 1, 0]], torch.tensor([[3, 2, 1, 0]]))
     assert belongs.int().tolist() == [[[0, 1, 0, 1], [0, 0, 1, 0], [0, 1, 0, 1], [1, 0, 0, 0]]]
 
@@ -73,6 +77,7 @@ def test_scores_are_those_of_scipy_and_of_counting() -> None:
     assert found["placed"] == pytest.approx((orders == torch.arange(9)).double().mean().item())
     assert found["solved"] == pytest.approx(1 / 5)
     assert found["kendall"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert found["placed_chance"] == pytest.approx(1 / 9)
     assert found["error"] == pytest.approx(((placed - wanted) ** 2).mean().item())
 
 
@@ -104,7 +109,8 @@ def test_a_few_steps_place_more_pieces_than_chance(tmp_path) -> None:
     result = train(tmp_path, *WORDS, "data.batch_size=128", "optim.lr=0.01", "method.lr=0.03", steps=60)
     assert result.code == 0, result.err
     assert "putting together 2x2 pieces" in result.out
-    assert result.summary["test/placed"] > 0.4  # 0.25 by chance
+    assert result.summary["test/placed_chance"] == pytest.approx(0.25, abs=0.01)
+    assert result.summary["test/placed"] > 0.4
     assert result.summary["test/kendall"] > 0.2  # 0 by chance
 
 

@@ -1,5 +1,6 @@
 """Sorting numbers that are shown as images: samples, loss and scores by hand, and a short training."""
 
+import itertools
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ from permlab.config.compose import resolve_train
 from permlab.errors import ConfigError
 from permlab.ops.sorting import neural_sort
 from permlab.permutation import order_to_matrix
-from permlab.task.sort.learner import SortLearner, SortScores, order_loss
+from permlab.task.sort.learner import SortLearner, SortScores, chance_in_order, order_loss
 
 WORDS = ("task=sort", "task.num_numbers=3")
 
@@ -58,7 +59,14 @@ def test_scores_count_samples_and_slots() -> None:
     scores.update(torch.tensor([[9, 4, 4], [9, 1, 4]]), torch.tensor([[4, 9, 4], [1, 4, 9]]))
     scores.update(torch.empty(0, 3, dtype=torch.int64), torch.empty(0, 3, dtype=torch.int64))
     found = {name: float(value) for name, value in scores.compute().items()}
-    assert found == pytest.approx({"exact": 1 / 2, "elementwise": 4 / 6})
+    assert found == pytest.approx({"exact": 1 / 2, "elementwise": 4 / 6, "exact_chance": (1 / 3 + 1 / 6) / 2})
+
+
+@pytest.mark.parametrize("numbers", [[3, 1, 2, 9], [3, 3, 2, 9], [3, 3, 9, 9], [5, 5, 1, 5], [4, 4, 4, 4]])
+def test_chance_is_the_share_of_all_orders_that_sort(numbers: list[int]) -> None:
+    orders = list(itertools.permutations(numbers))
+    expected = sum(list(order) == sorted(numbers) for order in orders) / len(orders)
+    assert chance_in_order(torch.tensor([numbers])).tolist() == pytest.approx([expected])
 
 
 @pytest.mark.parametrize("method", ["neural_sort", "sort_ste", "sinkhorn"])
@@ -91,9 +99,9 @@ def test_a_few_steps_sort_better_than_chance(tmp_path) -> None:
     result = train(tmp_path, *WORDS, "data.batch_size=128", "optim.lr=0.01", steps=60)
     assert result.code == 0, result.err
     assert "sorting 3 numbers of 1 digit" in result.out
-    # Of three digits, which may be equal, an order drawn at random is right in 25 % of the samples: in 1/6 of those
-    # with three values (72 %), in 1/3 of those with two (27 %), always with one (1 %).
+    assert result.summary["test/exact_chance"] == pytest.approx(0.22, abs=0.02)  # 0.72 / 6 + 0.27 / 3 + 0.01
     assert result.summary["test/exact"] > 0.4
+    assert "a random order" in result.out
     assert result.summary["test/elementwise"] > result.summary["test/exact"]
 
 

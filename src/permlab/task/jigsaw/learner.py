@@ -23,11 +23,14 @@ TINY = 1e-20
 
 
 class JigsawScores(Scores):
-    """How many pieces are in place, how many images solved, the rank correlation of places, and the squared error."""
+    """How many pieces are in place, how many images solved, the rank correlation of places, and the squared error.
+
+    Beside that how many pieces would be in place in an order drawn at random, which equal pieces make more.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.placed, self.solved, self.kendall, self.error = (MeanMetric() for _ in range(4))
+        self.placed, self.solved, self.kendall, self.error, self.placed_chance = (MeanMetric() for _ in range(5))
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Count images.
@@ -41,13 +44,15 @@ class JigsawScores(Scores):
         self.solved.update(right.all(-1).float())
         self.kendall.update(rank_correlation(places))
         self.error.update((logits - targets).square())
+        equal = (targets.unsqueeze(-2) == targets.unsqueeze(-3)).all(-1)
+        self.placed_chance.update(equal.float().mean(-1))
 
     def compute(self) -> dict[str, Tensor]:
-        names = ("placed", "solved", "kendall", "error")
+        names = ("placed", "solved", "kendall", "error", "placed_chance")
         return {name: getattr(self, name).compute() for name in names}
 
     def reset(self) -> None:
-        for metric in (self.placed, self.solved, self.kendall, self.error):
+        for metric in (self.placed, self.solved, self.kendall, self.error, self.placed_chance):
             metric.reset()
 
 

@@ -36,7 +36,7 @@ class Jigsaw(Task):
         ("placed", {"train (batch)": "train/placed", "validation": "val/placed"}),
         ("solved", {"validation": "val/solved"}),
     )
-    pictures: ClassVar[tuple[str, ...]] = ("training",)
+    pictures: ClassVar[tuple[str, ...]] = ("comparison", "training")
     compared_within: ClassVar[tuple[str, ...]] = ("num_sides",)
 
     def __init__(
@@ -53,7 +53,8 @@ class Jigsaw(Task):
     @property
     def rows(self) -> tuple[Row, ...]:
         return (
-            Row("pieces in place, {order}", self.metric.key, "in place"),
+            Row("a random order", f"{self.metric.key}_chance", "by chance"),
+            Row("{order}", self.metric.key, "in place"),
             Row("images solved", "test/solved", "solved", ".3f"),
             Row("Kendall to the true order", "test/kendall", "Kendall", ".3f"),
             Row("squared error of the images", "test/error", "squared error", ".4f"),

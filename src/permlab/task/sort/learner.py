@@ -24,11 +24,14 @@ TINY = 1e-20
 
 
 class SortScores(Scores):
-    """How many samples are in order, and how many numbers in the slots of numbers equal to them."""
+    """How many samples are in order, and how many numbers in the slots of numbers equal to them.
+
+    Beside that how many samples would be in an order drawn at random, which equal numbers make more.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.exact, self.elementwise = MeanMetric(), MeanMetric()
+        self.exact, self.elementwise, self.exact_chance = MeanMetric(), MeanMetric(), MeanMetric()
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Count samples.
@@ -41,13 +44,14 @@ class SortScores(Scores):
         right = logits == targets.sort(-1, descending=True).values
         self.exact.update(right.all(-1).float())
         self.elementwise.update(right.float())
+        self.exact_chance.update(chance_in_order(targets))
 
     def compute(self) -> dict[str, Tensor]:
-        return {"exact": self.exact.compute(), "elementwise": self.elementwise.compute()}
+        return {name: getattr(self, name).compute() for name in ("exact", "elementwise", "exact_chance")}
 
     def reset(self) -> None:
-        self.exact.reset()
-        self.elementwise.reset()
+        for metric in (self.exact, self.elementwise, self.exact_chance):
+            metric.reset()
 
 
 class SortLearner(Learner):
@@ -141,6 +145,19 @@ class SortLearner(Learner):
         placed = numbers.gather(-1, self.predict(images)) if len(numbers) else numbers
         self._scores(split).update(placed, numbers)
         return placed
+
+
+def chance_in_order(numbers: Int64[Tensor, "b n"]) -> Float[Tensor, " b"]:
+    """Probability that a random order sorts numbers: the orders of equal ones among themselves, over all n!.
+
+    Example:
+        >>> chance_in_order(torch.tensor([[7, 7, 7], [7, 8, 7], [7, 8, 9]]))
+        tensor([1.0000, 0.3333, 0.1667])
+    """
+    equal = numbers.unsqueeze(-1) == numbers.unsqueeze(-2)
+    counts = equal.tril().sum(-1).float()  # 1 to m along each m equal numbers
+    everything = torch.arange(1, numbers.shape[-1] + 1, device=numbers.device).float()
+    return (counts.log().sum(-1) - everything.log().sum()).exp()
 
 
 def order_loss(soft: Float[Tensor, "b n n"], numbers: Int64[Tensor, "b n"]) -> Tensor:

@@ -39,7 +39,7 @@ class Sort(Task):
         ("exact", {"train (batch)": "train/exact", "validation": "val/exact"}),
         ("elementwise", {"validation": "val/elementwise"}),
     )
-    pictures: ClassVar[tuple[str, ...]] = ("training",)
+    pictures: ClassVar[tuple[str, ...]] = ("comparison", "training")
     compared_within: ClassVar[tuple[str, ...]] = ("num_numbers", "num_digits")
 
     def __init__(
@@ -60,7 +60,8 @@ class Sort(Task):
     @property
     def rows(self) -> tuple[Row, ...]:
         return (
-            Row("in order, {order}", self.metric.key, "in order"),
+            Row("a random order", f"{self.metric.key}_chance", "by chance"),
+            Row("{order}", self.metric.key, "in order"),
             Row("numbers in their slots", "test/elementwise", "in their slots", ".3f"),
         )
 
