@@ -3,6 +3,7 @@
 import math
 import re
 import shlex
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -61,6 +62,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 (root / name / split / label).mkdir(parents=True)
                 (root / name / split / label / "image.png").touch()
             (root / name / f"{split}.txt").write_text("text")
+    (root / "mnist").mkdir()
+    for part, count in (("train", 6000), ("t10k", 100)):  # the sizes of images, and labels
+        sizes = struct.pack(">BBBB3I", 0, 0, 8, 3, count, 28, 28)
+        (root / "mnist" / f"{part}-images-idx3-ubyte").write_bytes(sizes)
+        labels = struct.pack(">BBBBI", 0, 0, 8, 1, count) + bytes(index % 10 for index in range(count))
+        (root / "mnist" / f"{part}-labels-idx1-ubyte").write_bytes(labels)
     return root
 
 

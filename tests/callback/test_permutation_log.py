@@ -56,6 +56,9 @@ class Task(L.LightningModule):
         self.model, self.method, self.stop_at = Body(), Toy(needs_items), stop_at
         self.tables: list[Tensor] = []
 
+    def items(self, inputs: Tensor) -> Tensor:
+        return self.model.embed(inputs)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.tables.append(self.method.table.detach().clone())
         if self.global_step == self.stop_at:

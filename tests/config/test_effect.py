@@ -46,6 +46,11 @@ CASES = [
     (["logger.mode=disabled", "logger.tags=[a]"], "has no effect with logger.mode=disabled"),
     (["logger.log_artifacts=false"], "logger.log_artifacts=False has no effect with logger.mode=offline"),
     (["experiment=prune/text", "method=swap_search"], "trainer.max_steps=60 has no effect with method=swap_search"),
+    (
+        ["task=prune", "task.task_weight=0", "task.kl_weight=1", "data.shuffle_labels=true"],
+        "data.shuffle_labels=True has no effect with task.task_weight=0",
+    ),
+    (["task=prune", "method=swap_search", "data.shuffle_labels=true"], "data.shuffle_labels=True has no effect with"),
     (["data.on_corrupt=skip"], "data.on_corrupt=skip has no effect with data=digits"),
 ]
 

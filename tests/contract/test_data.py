@@ -296,6 +296,27 @@ def test_splits_hold_the_same_whole_under_every_seed(settings):
         assert abs(len(whole[0]) - len(whole[1])) <= len(SPLITS), "splits hold more under one seed than another"
 
 
+# Labels that say nothing
+
+LABELLED = [preset for preset in PRESETS if "shuffle_labels" in component_options("data", component(preset))]
+
+
+def test_every_data_set_of_labelled_images_can_shuffle_them():
+    assert [name for name in PRESETS if constant("data", component(name), "kind") == "image"] == LABELLED
+
+
+@pytest.mark.parametrize("settings", LABELLED, indirect=True)
+def test_labels_of_the_training_split_are_shuffled_and_no_others(settings):
+    for split in SPLITS:
+        (images, labels), (same, others) = (
+            (found := dataset(settings | {"shuffle_labels": shuffle}, split)).__getitems__(range(len(found)))
+            for shuffle in (False, True)
+        )
+        assert torch.equal(images, same), f"the images of {split} are others"
+        assert torch.equal(labels.sort().values, others.sort().values), f"{split} has other labels"
+        assert torch.equal(labels, others) == (split != "train"), f"shuffled labels in {split}: {split != 'train'}"
+
+
 # Broken files
 
 COMPONENTS = {component(preset): preset for preset in reversed(PRESETS) if needs_files(preset)}

@@ -63,3 +63,27 @@ def test_fractions_that_empty_a_part_are_refused(val: float, test: float) -> Non
 def test_the_most_uneven_fractions_still_work(val: float, test: float) -> None:
     digits = Digits(val_fraction=val, test_fraction=test)
     assert all(len(set(digits.dataset(split, 0).labels.tolist())) == 10 for split in ("train", "val", "test"))
+
+
+# Labels that say nothing
+
+
+def test_shuffled_labels_are_those_of_the_training_split_in_another_order() -> None:
+    plain, shuffled = (Digits(val_fraction=0.2, test_fraction=0.2, shuffle_labels=on) for on in (False, True))
+    for split in ("train", "val", "test"):
+        (images, labels), (same_images, others) = (data.dataset(split, 3)[:] for data in (plain, shuffled))
+        assert np.array_equal(images, same_images)
+        assert np.array_equal(labels, others) == (split != "train")
+        assert np.array_equal(np.bincount(labels), np.bincount(others))
+    (_, labels), (_, others) = (data.dataset("train", 3)[:] for data in (plain, shuffled))
+    # By chance a tenth agrees: 108 of 1,078 with a deviation of 10.
+    assert 60 < int((labels == others).sum()) < 160
+
+
+def test_labels_are_shuffled_by_the_seed() -> None:
+    def moved(seed: int) -> list[int]:
+        plain, shuffled = (Digits(val_fraction=0.2, test_fraction=0.2, shuffle_labels=on) for on in (False, True))
+        pairs = zip(plain.dataset("train", seed).labels, shuffled.dataset("train", seed).labels, strict=True)
+        return [int(one != other) for one, other in pairs]
+
+    assert moved(1) == moved(1) != moved(2)

@@ -133,3 +133,30 @@ def test_images_are_stretched_after_all_else_as_pillow_stretches_them(tmp_path: 
     images = plain.__getitems__(range(4))[0][:, 0].numpy()
     expected = [np.asarray(Image.fromarray(image).resize((21, 21), Image.Resampling.BICUBIC)) for image in images]
     np.testing.assert_allclose(wide.__getitems__(range(4))[0][:, 0].numpy(), np.stack(expected), atol=1e-5)
+
+
+def test_patches_of_all_images_lie_in_one_hidden_order(tmp_path: Path) -> None:
+    root = write_files(tmp_path)
+    plain, hidden = make(root), make(root, hidden_seed=2)
+    truth = hidden.truth()
+    assert truth is not None
+    assert sorted(truth) == list(range(12))
+    assert hidden.spec().hides_order
+    for split in SPLITS:
+        whole, shuffled = (pixels(data, split) for data in (plain, hidden))
+        for place, block in enumerate(truth):  # of the true image, 4 rows of 3 patches
+            y, x, v, u = 2 * (place // 3), 2 * (place % 3), 2 * (block // 3), 2 * (block % 3)
+            np.testing.assert_array_equal(shuffled[:, v : v + 2, u : u + 2], whole[:, y : y + 2, x : x + 2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"augment": "flip"}, "hidden_seed 2: augment flip moves pixels across patches"),
+        ({"resize": 16}, "hidden_seed 2: resize 16 moves pixels"),
+        ({"patch_size": 4}, "4 does not divide a 8x6 image"),
+    ],
+)
+def test_what_would_undo_a_hidden_order_is_refused(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(write_files(tmp_path), hidden_seed=2, **options).spec()

@@ -1,10 +1,13 @@
 """Distances between orders against scipy and plain loops."""
 
+import itertools
+
 import pytest
 import torch
 from scipy.stats import kendalltau
 
-from permlab.ops.distance import displacement, kendall
+from permlab.ops.distance import adjacency, displacement, kendall
+from permlab.ops.scan_order import scan_order
 from permlab.permutation import invert
 
 
@@ -68,3 +71,25 @@ def test_bad_input(distance, unchecked):
         distance(order, torch.tensor([0, 0, 1]))
     with pytest.raises(ValueError, match="float32"):
         distance(order.float(), order)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 2), (3, 4), (8, 8), (5, 1)])
+def test_adjacency_agrees_with_a_loop(height, width):
+    orders = random_orders(6, height * width)
+    expected = []
+    for order in orders.tolist():
+        cells = [divmod(item, width) for item in order]
+        pairs = list(itertools.pairwise(cells))
+        expected.append(sum(abs(a - c) + abs(b - d) == 1 for (a, b), (c, d) in pairs) / len(pairs))
+    assert adjacency(orders, height, width).tolist() == pytest.approx(expected)
+
+
+def test_adjacency_of_scans_and_of_random_orders():
+    for name in ("snake", "spiral", "hilbert", "reverse_spiral"):
+        assert adjacency(scan_order(name, 8, 8), 8, 8) == 1, name
+    for name in ("row", "column", "reverse_row"):
+        assert adjacency(scan_order(name, 8, 8), 8, 8) == pytest.approx(56 / 63), name
+    assert adjacency(random_orders(4000, 64), 8, 8).mean() == pytest.approx(3.5 / 63, abs=0.002)
+    assert adjacency(torch.tensor([0]), 1, 1) == 1
+    with pytest.raises(ValueError, match="an order of 4 items does not fit a 1x3 grid"):
+        adjacency(torch.arange(4), 1, 3)

@@ -120,7 +120,7 @@ def _items(pl_module: Any, batch: Any) -> Tensor | None:
     training = model.training
     model.eval()
     try:
-        return model.embed(batch[0])
+        return pl_module.items(batch[0])
     finally:
         model.train(training)
 

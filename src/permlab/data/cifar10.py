@@ -1,12 +1,12 @@
 """CIFAR-10 from its binary files: 60000 colour images of 32x32 pixels in ten classes."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 
 from permlab.data.spec import DataSpec
-from permlab.option import Fraction, Verbatim
+from permlab.option import AddedLater, Fraction, Verbatim
 
 if TYPE_CHECKING:
     from permlab.data.image import PixelDataset
@@ -31,6 +31,8 @@ class Cifar10:
         val_fraction: part of the training batches that is validation.
         augment: of training images: `none`; `flip` mirrors half of them; `crop_flip` also moves
             them by up to four pixels over a black border.
+        shuffle_labels: permute the labels of the training split, by seed: a null experiment, in which nothing can be
+            learned from them. Validation and test keep theirs.
     Raises:
         ValueError: if `val_fraction` is not in (0, 0.5].
     Source: Krizhevsky 2009, "Learning multiple layers of features from tiny images".
@@ -39,11 +41,17 @@ class Cifar10:
     kind: ClassVar[str] = "image"
 
     def __init__(
-        self, *, root: Verbatim, val_fraction: Fraction, augment: Literal["none", "flip", "crop_flip"]
+        self,
+        *,
+        root: Verbatim,
+        val_fraction: Fraction,
+        augment: Literal["none", "flip", "crop_flip"],
+        shuffle_labels: Annotated[bool, AddedLater(False)] = False,
     ) -> None:
         if not 0 < val_fraction <= 0.5:
             raise ValueError(f"val_fraction {val_fraction}: expected more than 0 and at most 0.5")
         self.root, self.val_fraction, self.augment = Path(root), val_fraction, augment
+        self.shuffle_labels = shuffle_labels
 
     def spec(self) -> DataSpec:
         """Shape of the images, once all files are there and whole.
@@ -62,7 +70,7 @@ class Cifar10:
 
     def dataset(self, split: str, seed: int) -> "PixelDataset":
         """Images float32 `[3, 32, 32]` and labels of `train`, `val` or `test`."""
-        from permlab.data.image import PixelDataset, stratified_part
+        from permlab.data.image import PixelDataset, stratified_part, training_labels
 
         self.spec()
         files = {"train": TRAIN_FILES, "val": TRAIN_FILES, "test": TEST_FILES}[split]
@@ -73,6 +81,7 @@ class Cifar10:
             chosen = is_val if split == "val" else ~is_val
             records, labels = records[chosen], labels[chosen]
         pixels = np.ascontiguousarray(records[:, 1:]).reshape(-1, 3, SIZE, SIZE)
+        labels = training_labels(labels, seed, shuffle=self.shuffle_labels and split == "train")
         augment = self.augment if split == "train" else "none"
         return PixelDataset(pixels, labels, mean=MEAN, sd=SD, augment=augment, seed=seed)
 

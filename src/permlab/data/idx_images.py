@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 
+from permlab.data.hidden import hidden_order, rearranged, true_order
 from permlab.data.spec import DataSpec
-from permlab.option import AddedLater, Fraction, PositiveFloat, PositiveInt, Verbatim
+from permlab.option import AddedLater, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Verbatim
 
 if TYPE_CHECKING:
     from permlab.data.image import PixelDataset
@@ -40,8 +41,11 @@ class IdxImages:
             them by up to four pixels over a black border.
         resize: height and width, in pixels, to which images are stretched on the device, bicubically; null leaves
             them as they are. For models with patches that are as large as a part of such an image.
+        shuffle_labels: permute the labels of the training split, by seed: a null experiment, in which nothing can be
+            learned from them. Validation and test keep theirs.
+        hidden_seed: draws one order in which the patches of all images lie, for methods to find; null: as they are.
     Raises:
-        ValueError: if `prefix` names a folder.
+        ValueError: if `prefix` names a folder, or `hidden_seed` is given with what would move pixels across patches.
     Source: LeCun, Cortes and Burges 1998, the MNIST database.
     """
 
@@ -59,12 +63,18 @@ class IdxImages:
         patch_size: PositiveInt,
         augment: Literal["none", "flip", "crop_flip"],
         resize: Annotated[PositiveInt | None, AddedLater(None)],
+        shuffle_labels: Annotated[bool, AddedLater(False)] = False,
+        hidden_seed: Annotated[NonNegativeInt | None, AddedLater(None)] = None,
     ) -> None:
         if "/" in prefix:
             raise ValueError(f"prefix {prefix}: expected the beginning of a file's name; root is the folder")
+        if hidden_seed is not None and (augment != "none" or resize is not None):
+            moved = f"augment {augment}" if augment != "none" else f"resize {resize}"
+            raise ValueError(f"hidden_seed {hidden_seed}: {moved} moves pixels across patches; expected none of it")
         self.root, self.prefix, self.transpose = Path(root), prefix, transpose
         self.mean, self.sd, self.num_val = mean, sd, num_val
         self.patch_size, self.augment, self.resize = patch_size, augment, resize
+        self.shuffle_labels, self.hidden_seed = shuffle_labels, hidden_seed
 
     def spec(self) -> DataSpec:
         """Shape of the images and number of classes, from the headers of the images and from the labels.
@@ -85,13 +95,21 @@ class IdxImages:
             raise ValueError(f"num_val {self.num_val}: there are {shapes['train'][0]} training images")
         _, *sides = shapes["train"]
         height, width = self._size() or (reversed(sides) if self.transpose else sides)
-        return DataSpec("image", self._num_classes(), 1, height, width, self.patch_size)
+        hides = self.hidden_seed is not None
+        spec = DataSpec("image", self._num_classes(), 1, height, width, self.patch_size, hides_order=hides)
+        if hides:
+            spec.grid(self.patch_size)  # refuses a patch that does not divide the image
+        return spec
+
+    def truth(self) -> np.ndarray | None:
+        """Order of the patches, int64 `[n]`, under which images are as they were; None where they are."""
+        return None if self.hidden_seed is None else true_order(hidden_order(self.hidden_seed, self.spec()))
 
     def dataset(self, split: str, seed: int) -> "PixelDataset":
         """Images float32 `[1, height, width]` and labels of `train`, `val` or `test`."""
-        from permlab.data.image import PixelDataset, stratified_number
+        from permlab.data.image import PixelDataset, stratified_number, training_labels
 
-        self.spec()
+        spec = self.spec()
         part = "test" if split == "test" else "train"
         labels = self._labels(part).astype(np.int64) - self._smallest()
         chosen = np.ones(len(labels), dtype=bool)
@@ -102,7 +120,10 @@ class IdxImages:
         if self.transpose:
             pixels = np.ascontiguousarray(pixels.swapaxes(1, 2))
         augment = self.augment if split == "train" else "none"
-        pixels, labels = pixels[:, None], labels[chosen]
+        shuffle = self.shuffle_labels and split == "train"
+        pixels, labels = pixels[:, None], training_labels(labels[chosen], seed, shuffle=shuffle)
+        if self.hidden_seed is not None:
+            pixels = rearranged(pixels, hidden_order(self.hidden_seed, spec), self.patch_size)
         return PixelDataset(
             pixels, labels, mean=(self.mean,), sd=(self.sd,), augment=augment, seed=seed, size=self._size()
         )

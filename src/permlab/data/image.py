@@ -63,6 +63,19 @@ def stratified_number(labels: np.ndarray, number: int, seed: int) -> np.ndarray:
     return picked
 
 
+def training_labels(labels: np.ndarray, seed: int, *, shuffle: bool) -> np.ndarray:
+    """Labels of a training split, or a permutation of them that the seed draws.
+
+    Shapes:
+        labels: int64 `[num_images]`.
+    Example:
+        >>> training_labels(np.arange(4), 0, shuffle=True).tolist()
+        [1, 2, 3, 0]
+    """
+    # The third number keeps this draw apart from those of batches and of augmentation.
+    return np.random.default_rng([seed, 0, 2]).permutation(labels) if shuffle else labels
+
+
 def _shuffled_by_class(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Samples sorted by class and drawn at random within; of each its place in its class, and the size of that."""
     shuffled = np.random.default_rng(seed).permutation(len(labels))

@@ -55,6 +55,8 @@ class ImageFolder:
             pixels, several times faster on photos. Without effect on training images with `crop_flip`, whose
             crops may be small.
         val_is_test: whether the folder `val` is the test split where there is no folder `test`.
+        shuffle_labels: permute the labels of the training split, by seed: a null experiment, in which nothing can be
+            learned from them. Validation and test keep theirs.
     Raises:
         ValueError: if `resize` is less than `image_size`, or a fraction is not in (0, 0.5].
     Source: crop and flip of `flip`: REOrder, arXiv:2505.23751; `crop_flip`: Szegedy et al. 2014, arXiv:1409.4842.
@@ -82,6 +84,7 @@ class ImageFolder:
         test_fraction: Annotated[Fraction, AddedLater(0.1)] = 0.1,
         val_is_test: Annotated[bool, AddedLater(True)] = True,
         draft: Annotated[bool, AddedLater(False)] = False,
+        shuffle_labels: Annotated[bool, AddedLater(False)] = False,
     ) -> None:
         resize = round(image_size * 8 / 7) if resize is None else resize
         if resize < image_size:
@@ -93,6 +96,7 @@ class ImageFolder:
         self.patch_size, self.augment, self.normalise = patch_size, augment, normalise
         self.fractions = {"test": test_fraction, "val": val_fraction}
         self.on_corrupt, self.val_is_test, self.draft = on_corrupt, val_is_test, draft
+        self.shuffle_labels = shuffle_labels
         # Files left out so far, by folder; the order of the others, and so every batch, is the same on all ranks.
         self._skipped: dict[str, int] = {}
 
@@ -136,7 +140,7 @@ class ImageFolder:
 
     def dataset(self, split: str, seed: int) -> "FileDataset":
         """Images float32 `[channels, image_size, image_size]` and labels of `train`, `val` or `test`."""
-        from permlab.data.image import FileDataset
+        from permlab.data.image import FileDataset, training_labels
 
         folder = self.folder(split)
         names, labels = _scan(self.root / folder, self._classes())
@@ -145,7 +149,8 @@ class ImageFolder:
             self._skipped[folder] = int((~readable).sum())
             names, labels = names[readable], labels[readable]
         chosen = self._part(split, labels, seed)
-        names, labels = names[chosen], labels[chosen]
+        shuffle = self.shuffle_labels and split == "train"
+        names, labels = names[chosen], training_labels(labels[chosen], seed, shuffle=shuffle)
         mean, sd = self._statistics()
         augment = self.augment if split == "train" else "none"
         return FileDataset(

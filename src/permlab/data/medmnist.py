@@ -3,13 +3,13 @@
 import zipfile
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 from numpy.lib import format as npy
 
 from permlab.data.spec import DataSpec
-from permlab.option import Verbatim
+from permlab.option import AddedLater, Verbatim
 
 if TYPE_CHECKING:
     from permlab.data.image import PixelDataset
@@ -27,14 +27,18 @@ class Medmnist:
     Args:
         root: folder that holds the files.
         flag: name of the file without `.npz`, such as `pathmnist` or `pathmnist_64`.
+        shuffle_labels: permute the labels of the training split, by seed: a null experiment, in which nothing can be
+            learned from them. Validation and test keep theirs.
     Source: Yang et al. 2023, Scientific Data 10:41, arXiv:2110.14795.
     Differs from source: multi-label sets (chestmnist) and volumes are refused.
     """
 
     kind: ClassVar[str] = "image"
 
-    def __init__(self, *, root: Verbatim, flag: str) -> None:
-        self.path = Path(root, f"{flag}.npz")
+    def __init__(
+        self, *, root: Verbatim, flag: str, shuffle_labels: Annotated[bool, AddedLater(False)] = False
+    ) -> None:
+        self.path, self.shuffle_labels = Path(root, f"{flag}.npz"), shuffle_labels
 
     def spec(self) -> DataSpec:
         """Shape of the images, from the headers of the arrays, and number of classes, from the labels.
@@ -56,13 +60,17 @@ class Medmnist:
         return DataSpec("image", num_classes, channels, height, width, _patch_size(height, width))
 
     def dataset(self, split: str, seed: int) -> "PixelDataset":
-        """Images float32 `[channels, height, width]` and labels of `train`, `val` or `test`; the seed has no say."""
-        from permlab.data.image import PixelDataset
+        """Images float32 `[channels, height, width]` and labels of `train`, `val` or `test`.
+
+        The seed has no say but in `shuffle_labels`.
+        """
+        from permlab.data.image import PixelDataset, training_labels
 
         pixels = self._read(f"{split}_images").reshape(self._image_shape(split))
         mean = sd = (0.5,) * pixels.shape[-1]
         pixels = np.ascontiguousarray(np.moveaxis(pixels, -1, 1))
-        return PixelDataset(pixels, self._labels(split), mean=mean, sd=sd)
+        shuffle = self.shuffle_labels and split == "train"
+        return PixelDataset(pixels, training_labels(self._labels(split), seed, shuffle=shuffle), mean=mean, sd=sd)
 
     def _image_shape(self, split: str) -> tuple[int, int, int, int]:
         """Number, height, width and channels of a split's images, without reading them."""

@@ -144,6 +144,11 @@ class DataModule(L.LightningDataModule):
         load = getattr(self.component, "load_tokenizer", None)
         return load(self.seed) if load else None
 
+    def truth(self) -> np.ndarray | None:
+        """Order of the items, int64 `[n]`, that the data set knows to be the true one; None where it knows of none."""
+        tell = getattr(self.component, "truth", None)
+        return tell() if tell else None
+
     def statistics(self) -> dict[str, float]:
         """Numbers of the data for a run's summary: how much was left out as unreadable, where that is allowed."""
         if getattr(self.component, "on_corrupt", "stop") != "skip":

@@ -15,6 +15,7 @@ class DataSpec:
         num_classes: number of labels; for text the vocabulary size.
         channels, height, width: of an image, in channels and pixels; of a sequence 1, 1 and its length.
         patch_size: side of a square patch in pixels where the model's configuration names none.
+        hides_order: whether the patches of all images lie in one order that only the data set's `truth` tells.
         labels, items: plural nouns for the classes and for what is permuted, in messages.
     """
 
@@ -24,6 +25,7 @@ class DataSpec:
     height: int
     width: int
     patch_size: int = 1
+    hides_order: bool = field(default=False, compare=False)
     labels: str = field(default="classes", compare=False)
     items: str = field(default="patches", compare=False)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from permlab.method.scorer import ScoreMethod
 from permlab.ops.sorting import neural_sort
-from permlab.option import Fraction, PositiveInt, Rate, SharesOne, Temperature
+from permlab.option import AddedLater, Fraction, PositiveInt, Rate, SharesOne, Temperature
 from permlab.permutation import Site
 
 
@@ -27,6 +27,8 @@ class NeuralSort(ScoreMethod):
             forward, to which the model adapts; expect a loss when the order is hardened).
         scorer: `vector` (one order for all inputs), `linear` or `mlp` (order by item features).
         width: hidden units of `scorer=mlp`.
+        start: scores at the start: those of the starting `order`, to which a scorer adds, or `zero`, so that the
+            scorer alone decides, wherever an item comes; `vector` has to start at the order.
     Raises:
         ValueError: if the scorer needs features that the site has not, or the fractions exceed 1.
     Source: Grover et al. 2019, arXiv:1903.08850, equation 5.
@@ -59,6 +61,7 @@ class NeuralSort(ScoreMethod):
         estimator: Literal["relaxed", "straight_through"],
         scorer: Literal["vector", "linear", "mlp"],
         width: PositiveInt,
+        start: Annotated[Literal["order", "zero"], AddedLater("order")] = "order",
     ) -> None:
         super().__init__(
             site,
@@ -69,6 +72,7 @@ class NeuralSort(ScoreMethod):
             estimator=estimator,
             scorer=scorer,
             width=width,
+            start=start,
         )
 
     def relax(self, scores: Float[Tensor, "*b g m"]) -> Float[Tensor, "*b g m m"]:

@@ -19,14 +19,19 @@ class Scorer(nn.Module):
     themselves, one order for all inputs. `linear` and `mlp` keep them and add a network of the
     item's features whose last layer starts at zero, so the order may depend on the image.
 
+    With `start=zero` a network alone gives the scores, from its own random start: they do not depend on where
+    an item comes, as those of something that sorts must not.
+
     Shapes:
         n: items.  d: features of an item.  m: items of a group.
     Args:
         site: where the permutation acts.
         kind: `vector`, `linear` or `mlp` (one hidden layer, GELU).
         width: hidden units of `mlp`; without effect on the other two.
+        start: `order` or `zero`.
     Raises:
-        ValueError: if the scores are to depend on features and the site has none.
+        ValueError: if the scores are to depend on features and the site has none, or a vector is to start at zero,
+            where all its gradients are the same.
     Cost: O(n) for `vector`, O(n d) for `linear`, O(n d width) for `mlp`, per input.
     Example:
         >>> Scorer(Site(name="patches", order=torch.tensor([2, 0, 1])), kind="vector", width=1)().tolist()
@@ -35,20 +40,30 @@ class Scorer(nn.Module):
 
     start: Tensor
 
-    def __init__(self, site: Site, *, kind: Literal["vector", "linear", "mlp"], width: int) -> None:
+    def __init__(
+        self,
+        site: Site,
+        *,
+        kind: Literal["vector", "linear", "mlp"],
+        width: int,
+        start: Literal["order", "zero"] = "order",
+    ) -> None:
         super().__init__()
-        start = falling_scores(site, 1.0, -1.0)
+        if start == "zero" and kind == "vector":
+            raise ValueError("start=zero: scorer=vector would tie all items; expected scorer=linear or mlp")
+        falling = falling_scores(site, 1.0, -1.0)
         self.kind = kind
         self.num_features = site.num_features
         if kind == "vector":
-            self.vector = nn.Parameter(start)
+            self.vector = nn.Parameter(falling)
             return
         if site.num_features is None:
             raise ValueError(f"scorer={kind} reads item features, but site {site.name} has num_features=None")
-        self.register_buffer("start", start, persistent=False)
+        self.register_buffer("start", falling if start == "order" else torch.zeros_like(falling), persistent=False)
         # No bias: adding one number to all scores changes no order.
         last = nn.Linear(site.num_features if kind == "linear" else width, 1, bias=False)
-        nn.init.zeros_(last.weight)
+        if start == "order":
+            nn.init.zeros_(last.weight)
         hidden = [] if kind == "linear" else [nn.Linear(site.num_features, width), nn.GELU()]
         self.network = nn.Sequential(*hidden, last)
 
@@ -73,7 +88,7 @@ class ScoreMethod(Method):
     Args:
         site, temperature, lr, warmup_fraction, freeze_fraction: as in `Method`.
         estimator: `relaxed` or `straight_through`.
-        scorer, width: where the scores come from; see `Scorer`.
+        scorer, width, start: where the scores come from; see `Scorer`.
     """
 
     def __init__(
@@ -87,12 +102,13 @@ class ScoreMethod(Method):
         estimator: Literal["relaxed", "straight_through"],
         scorer: Literal["vector", "linear", "mlp"],
         width: int,
+        start: Literal["order", "zero"] = "order",
     ) -> None:
         super().__init__(
             site, temperature=temperature, lr=lr, warmup_fraction=warmup_fraction, freeze_fraction=freeze_fraction
         )
         self.estimator: Literal["relaxed", "straight_through"] = estimator
-        self.scorer = Scorer(site, kind=scorer, width=width)
+        self.scorer = Scorer(site, kind=scorer, width=width, start=start)
         self.needs_items = scorer != "vector"
 
     def relax(self, scores: Float[Tensor, "*b g m"]) -> Float[Tensor, "*b g m m"]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from permlab.method.scorer import ScoreMethod
 from permlab.ops.sorting import soft_sort
-from permlab.option import Fraction, PositiveInt, Range, Rate, SharesOne, Temperature, Where
+from permlab.option import AddedLater, Fraction, PositiveInt, Range, Rate, SharesOne, Temperature, Where
 from permlab.permutation import PermutationSample, Site, order_to_matrix
 
 
@@ -35,6 +35,8 @@ class Sort(ScoreMethod):
         power: of the distance between scores, in `surrogate=softmax`; at least 1, usually 1 or 2.
         scorer: `vector` (one order for all inputs), `linear` or `mlp` (order by item features).
         width: hidden units of `scorer=mlp`.
+        start: scores at the start: those of the starting `order`, to which a scorer adds, or `zero`, so that the
+            scorer alone decides, wherever an item comes; `vector` has to start at the order.
     Raises:
         ValueError: for `product` with `relaxed`; if the scorer needs features that the site has
             not, or the fractions exceed 1.
@@ -79,6 +81,7 @@ class Sort(ScoreMethod):
         power: Annotated[float, Range(ge=1)],
         scorer: Literal["vector", "linear", "mlp"],
         width: PositiveInt,
+        start: Annotated[Literal["order", "zero"], AddedLater("order")] = "order",
     ) -> None:
         if surrogate == "product" and estimator == "relaxed":
             raise ValueError("surrogate=product is no relaxation: it needs estimator=straight_through, got relaxed")
@@ -91,6 +94,7 @@ class Sort(ScoreMethod):
             estimator=estimator,
             scorer=scorer,
             width=width,
+            start=start,
         )
         self.surrogate = surrogate
         self.power = power

@@ -1,4 +1,4 @@
-"""How far apart two orders are."""
+"""How far apart two orders are, and how far an order is from a path."""
 
 import torch
 from jaxtyping import Float, Int64
@@ -61,6 +61,37 @@ def displacement(order: Int64[Tensor, "*b n"], other: Int64[Tensor, "*c _n"]) ->
     slots = _slots_in_other(order, other)
     here = torch.arange(slots.shape[-1], device=slots.device)
     return (slots - here).abs().to(torch.get_default_dtype()).mean(-1)
+
+
+def adjacency(order: Int64[Tensor, "*b n"], height: int, width: int) -> Float[Tensor, "*b"]:
+    """Share of neighbouring slots whose items are neighbours in a grid, side by side or one above the other.
+
+    1 for a path that never jumps, such as a snake, a spiral or a Hilbert curve, and for their reverses; rows one
+    after the other jump at the end of each, (width - 1) / width in a large grid. A single item gives 1. Random
+    orders have 2 (2 - 1/height - 1/width) / (n - 1) on average.
+
+    Shapes:
+        b: any batch axes.  n: slots and items, n = height * width.
+    Args:
+        order: gather indices of the grid's cells in raster order.
+        height, width: rows and columns of the grid.
+    Returns:
+        Share in [0, 1], of the default floating dtype, on the device of the input.
+    Raises:
+        ValueError: if it is no order of so many cells.
+    Cost: O(n) after an O(n log n) check.
+    Example:
+        >>> adjacency(torch.tensor([[0, 1, 3, 2], [0, 1, 2, 3]]), 2, 2)
+        tensor([1.0000, 0.6667])
+    """
+    check_order(order)
+    if order.shape[-1] != height * width:
+        raise ValueError(f"an order of {order.shape[-1]} items does not fit a {height}x{width} grid")
+    if order.shape[-1] == 1:
+        return torch.ones(order.shape[:-1], device=order.device)
+    rows, columns = order // width, order % width
+    steps = rows.diff(dim=-1).abs() + columns.diff(dim=-1).abs()
+    return (steps == 1).to(torch.get_default_dtype()).mean(-1)
 
 
 def _slots_in_other(order: Tensor, other: Tensor) -> Tensor:

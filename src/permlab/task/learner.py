@@ -188,7 +188,7 @@ class Learner(L.LightningModule):
 
     @torch.no_grad()
     def _items_of(self, batch: Any, data: DataModule) -> Tensor:
-        return self.model.embed(data.on_after_batch_transfer(batch, 0)[0].to(self.device))
+        return self.items(data.on_after_batch_transfer(batch, 0)[0].to(self.device))
 
     def holds(self) -> dict[str, int]:
         """Bytes that are kept from `prepare` to the end beside weights and what training needs, by what they are."""
@@ -199,6 +199,10 @@ class Learner(L.LightningModule):
     def make_scores(self) -> Scores:
         """Fresh running metrics of a split."""
         raise NotImplementedError(f"{type(self).__name__} defines no make_scores")
+
+    def items(self, inputs: Tensor) -> Tensor:
+        """What the method permutes, `[*b, n, d]`, of a batch of inputs: what the model embeds them as."""
+        return self.model.embed(inputs)
 
     def predict(self, inputs: Tensor) -> Tensor:
         """Logits under the deterministic order."""

@@ -10,6 +10,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from permlab.config.build import build
+from permlab.data.spec import DataSpec
 from permlab.errors import ConfigError
 from permlab.method.base import Method
 from permlab.model.base import Backbone
@@ -28,6 +29,33 @@ def at_items(model: Backbone, settings: Mapping[str, Any]) -> Method:
     """
     order = starting_order(settings["order"], model.height, model.width)
     return build("method", settings, Site(SITE, order, num_features=model.num_features))
+
+
+def at_samples(
+    model: Backbone, spec: DataSpec, settings: Mapping[str, Any], name: str, grid: tuple[int, int], images: int = 1
+) -> Method:
+    """The method that `settings` describe, where each item is one or more whole images, as a backbone encodes them.
+
+    Args:
+        spec: shape of an image.
+        name: of the site.
+        grid: rows and columns of the items, for the starting order.
+        images: in an item, whose features are put one behind the other.
+    Raises:
+        ConfigError: if a component refuses its values, or the starting order does not fit.
+    """
+    order = starting_order(settings["order"], *grid)
+    return build("method", settings, Site(name, order, num_features=images * feature_length(model, spec)))
+
+
+@torch.no_grad()
+def feature_length(model: Backbone, spec: DataSpec) -> int:
+    """Number of features that a backbone encodes an image of this shape as."""
+    was_training = model.training
+    blank = torch.zeros(1, spec.channels, spec.height, spec.width)
+    length = model.eval().encode(model.embed(blank)).shape[-1]
+    model.train(was_training)
+    return length
 
 
 def starting_order(order: str | list[int], height: int, width: int) -> Int64[Tensor, " n"]:

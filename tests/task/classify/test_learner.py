@@ -8,11 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from runs import SHORT, assemble, configure, train
+from scipy.stats import kendalltau
 
 from permlab.config.build import build
+from permlab.config.compose import resolve_train
 from permlab.data.spec import DataSpec
 from permlab.errors import ConfigError
 from permlab.permutation import permute
+from permlab.record.stored import read_arrays, read_plan
+from permlab.run.companion import companion_plan
 from permlab.task.classify.learner import ClassifyLearner
 from permlab.task.classify.teacher import TimmTeacher, load_teacher
 
@@ -117,6 +121,81 @@ def test_a_frozen_method_does_not_move(tmp_path) -> None:
     entropy = [line["permutation/entropy"] for line in result.metrics]
     assert len(set(kendall[8:])) == len(set(entropy[8:])) == 1
     assert len(set(entropy[:8])) > 1
+
+
+# Labels that say nothing
+
+
+def test_an_order_learned_from_shuffled_labels_is_tried_on_true_ones(tmp_path) -> None:
+    """The comparisons are those of the run with true labels, but for the order of `refit`."""
+    null = train(tmp_path, "data.shuffle_labels=true", "optim.lr=0.1", steps=60)
+    plan = resolve_train(null.where)[0]
+    order = read_arrays(null.run_dir / "arrays" / "order.npz")
+    assert null.code == 0, null.err
+    beside = {name: companion_plan(plan, other) for name, other in plan.task.beside(plan, order).items()}
+    assert list(beside) == ["control", "refit"]
+    for name, other in beside.items():
+        stored = read_plan(other.directory)
+        true, used = (build("data", config["data"]) for config in (configure(SHORT), stored.config))
+        assert torch.equal(used.dataset("train", 0).labels, true.dataset("train", 0).labels), name
+    used = build("data", null.config["data"])
+    assert not torch.equal(used.dataset("train", 0).labels, true.dataset("train", 0).labels)
+    plain = resolve_train([word for word in null.where if "shuffle" not in word])[0]
+    control = plain.task.beside(plain, {})["control"]
+    assert companion_plan(plain, control).directory == beside["control"].directory, "it is shared with the true run"
+    accuracies = [null.summary[f"test/accuracy{name}"] for name in ("", "_control", "_refit")]
+    assert accuracies[0] < 0.2 < 0.25 < min(accuracies[1:]), accuracies
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method=fixed"], "data.shuffle_labels=true: method=fixed learns no order"),
+        (["task.teacher=timm/resnet10t", "task.distill_weight=1"], "data.shuffle_labels=true: task.teacher=timm"),
+        (["task=probe"], "data.shuffle_labels=true: task=probe learns no order"),
+    ],
+)
+def test_shuffled_labels_are_refused_where_they_are_no_null_experiment(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve_train([*words, "data.shuffle_labels=true"])
+
+
+# A hidden order
+
+
+def test_read_in_the_true_order_shuffled_images_are_the_images(tmp_path) -> None:
+    """The truth is told as found, forwards and backwards, and what a model makes of it is what it makes of digits."""
+    words = ("method=fixed", "trainer.log_every_n_steps=10")
+    plain = train(tmp_path, *words, "data=digits", steps=20)
+    truth = build("data", configure(["data=shuffled_digits"])["data"]).truth().tolist()
+    orders = {"true": truth, "reverse": truth[::-1], "row": "row"}
+    found = {
+        name: train(tmp_path, *words, "data=shuffled_digits", f"method.order={order}", steps=20).summary
+        for name, order in orders.items()
+    }
+    assert found["true"]["test/loss"] == plain.summary["test/loss"] != found["row"]["test/loss"]
+    assert not [key for key in plain.summary if key.startswith("truth/")]
+    for name in ("true", "reverse"):
+        assert found[name]["truth/kendall"] == pytest.approx(1)
+        assert found[name]["truth/adjacency"] == pytest.approx(56 / 63)
+    rank = [truth.index(item) for item in range(64)]
+    assert found["row"]["truth/kendall"] == pytest.approx(abs(kendalltau(range(64), rank).statistic), abs=1e-6)
+    assert found["row"]["truth/adjacency"] < 0.2
+
+
+def test_a_learned_order_is_compared_with_the_hidden_one(tmp_path) -> None:
+    result = train(tmp_path, "data=shuffled_digits", "method.lr=0.3", steps=20)
+    order = read_arrays(result.run_dir / "arrays" / "order.npz")["order"].tolist()
+    truth = build("data", result.config["data"]).truth().tolist()
+    ranks = [[one.index(item) for item in range(64)] for one in (order, truth)]
+    assert order != list(range(64))
+    assert result.summary["truth/kendall"] == pytest.approx(abs(kendalltau(*ranks).statistic), abs=1e-6)
+    assert "neighbours that truly are" in result.out
+
+
+def test_a_hidden_order_is_one_of_the_patches_that_are_read() -> None:
+    with pytest.raises(ConfigError, match=r"model.patch_size=2: data=shuffled_digits has patches of 1x1 .* expected 1"):
+        resolve_train(["data=shuffled_digits", "model.patch_size=2"])
 
 
 # Distillation

@@ -22,10 +22,12 @@ import permlab.task.prune.finished
 import permlab.task.prune.predictions
 from permlab.cli import main
 from permlab.config.check import plan_of
+from permlab.config.compose import resolve_train
 from permlab.errors import ConfigError
 from permlab.ops.nm import nm_mask
 from permlab.permutation import PermutationSample, invert, order_to_matrix
 from permlab.record.checkpoint import load_weights
+from permlab.run.companion import companion_plan
 from permlab.sparsity.importance import sparsegpt
 from permlab.sparsity.quality import efficacy, reconstruction_error, retained
 from permlab.sparsity.search import deal_and_match
@@ -576,6 +578,13 @@ def test_the_dense_model_is_trained_once_and_tested_as_it_was(study: Study) -> N
     again = study(*FIXED, "task.n=3")
     assert dense_of(again) == folder
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_orders_may_be_learned_from_shuffled_labels_but_no_dense_model() -> None:
+    plans = [resolve_train(["task=prune", f"data.shuffle_labels={shuffle}"])[0] for shuffle in ("false", "true")]
+    assert plans[0].digest != plans[1].digest
+    dense = {companion_plan(plan, plan.task.before(plan)["dense"]).directory for plan in plans}
+    assert len(dense) == 1
 
 
 def test_training_checkpoints_hold_what_learns(study: Study) -> None:

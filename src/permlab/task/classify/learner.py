@@ -13,7 +13,8 @@ from permlab.data.spec import DataSpec
 from permlab.errors import ConfigError
 from permlab.method.base import Method
 from permlab.model.base import Backbone
-from permlab.permutation import PermutationSample, permute
+from permlab.ops.distance import adjacency, kendall
+from permlab.permutation import PermutationSample, invert, permute
 from permlab.task.classify.task import Classify
 from permlab.task.classify.teacher import load_teacher, probe
 from permlab.task.learner import Learner, Result, Summary
@@ -139,7 +140,21 @@ class ClassifyLearner(Learner):
         summary = test()
         assert self.confusion_counts is not None
         arrays = {"order": self.order_arrays(), "confusion": {"confusion": self.confusion_counts.cpu().numpy()}}
-        return Result(summary, arrays)
+        return Result(summary | self._found_of_the_truth(), arrays)
+
+    def _found_of_the_truth(self) -> Summary:
+        """How much of an order that the data set hides the learned order is; nothing where there is none of either."""
+        truth = self.trainer.datamodule.truth()  # type: ignore[attr-defined]
+        orders = self.method.orders()
+        if truth is None or not orders:
+            return {}
+        (order,) = orders.values()
+        # The path of the learned order through the image as it was.
+        path = invert(torch.from_numpy(truth).to(order.device))[order]
+        raster = torch.arange(len(path), device=path.device)
+        along = kendall(path, raster).abs()  # reversed, an order is negated
+        beside = adjacency(path, self.model.height, self.model.width)
+        return {"truth/kendall": float(along), "truth/adjacency": float(beside)}
 
     def on_fit_start(self) -> None:
         for teacher in self.teacher:

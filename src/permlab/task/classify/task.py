@@ -1,15 +1,23 @@
 """Classify images whose patches are read in a learned order: what is asked."""
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from permlab.config.check import count_items
 from permlab.config.plan import Plan
 from permlab.config.schema import component_options
 from permlab.data.spec import DataSpec
 from permlab.option import Fraction, NonNegativeFloat, PositiveFloat, Verbatim
 from permlab.task.metric import ACCURACY, Metric, Row
 from permlab.task.task import Companion, Idle, Task
+
+# Numbers of a run whose data set hides an order.
+TRUTH = (
+    Row("|Kendall| to the true order", "truth/kendall", "Kendall to the truth", ".3f"),
+    Row("neighbours that truly are", "truth/adjacency", "true neighbours", ".3f"),
+)
 
 
 class Classify(Task):
@@ -18,6 +26,15 @@ class Classify(Task):
     A run is compared with two more trainings under the same schedule, both with a fixed order:
     `control` reads in the starting order; `refit` is a fresh model that reads in the learned order.
     A method whose order depends on the image has no single order to refit.
+
+    With `data.shuffle_labels` the order is learned from labels that say nothing, while both comparisons are
+    trained on the true ones: what `refit` then gains over `control` does not come from learning.
+
+    Where the data set hides an order (`data.hidden_seed`) the summary has, of the learned one, `truth/kendall`, the
+    Kendall correlation with the true raster or its reverse, whichever is larger, and `truth/adjacency`, the share
+    of neighbouring slots whose patches are neighbours in the true image, as they are along any scan. Many orders
+    are good, so both may be low where much is found; what was found is worth the share of the gap closed,
+    (refit - control) / (control on the same images unshuffled - control).
 
     Args:
         spec: shape of the data.
@@ -68,9 +85,34 @@ class Classify(Task):
             Row("starting order, fixed (control)", f"{key}_control", "control"),
             Row("learned order, co-trained", key, "learned"),
             Row("learned order, fresh model (refit)", f"{key}_refit", "refit"),
+            *(TRUTH if self.spec.hides_order else ()),
         )
 
     def problems(self, plan: Plan) -> list[str]:
+        return [*self._problems_of_teacher(), *self._problems_of_labels(plan), *self._problems_of_truth(plan)]
+
+    def _problems_of_truth(self, plan: Plan) -> list[str]:
+        config, side = plan.config, self.spec.patch_size
+        if not self.spec.hides_order or count_items(plan) == math.prod(self.spec.grid(side)):
+            return []
+        given = config["model"].get("patch_size")
+        other = f", or data.patch_size={given}" if "patch_size" in config["data"] else ""
+        return [
+            f"model.patch_size={given}: data={config['data']['name']} has patches of {side}x{side} pixels in a hidden "
+            f"order, which is none of other patches; expected {side}{other}"
+        ]
+
+    def _problems_of_labels(self, plan: Plan) -> list[str]:
+        config = plan.config
+        if not config["data"].get("shuffle_labels"):
+            return []
+        if config["method"]["component"] == "fixed":
+            return [f"data.shuffle_labels=true: method={config['method']['name']} learns no order from labels"]
+        if self.teacher is not None:
+            return [f"data.shuffle_labels=true: task.teacher={self.teacher} tells what the labels no longer do"]
+        return []
+
+    def _problems_of_teacher(self) -> list[str]:
         if self.teacher is None:
             weights = {"distill_weight": self.distill_weight, "feature_weight": self.feature_weight}
             return [f"task.{key}={weight}: needs task.teacher" for key, weight in weights.items() if weight]
@@ -99,10 +141,11 @@ class Classify(Task):
 
 
 def _at_order(plan: Plan, order: str | list[int]) -> Companion:
-    """The same training with an order that is held fixed."""
+    """The same training with an order that is held fixed, on true labels."""
     fixed = {"name": "fixed", "component": "fixed", "order": order}
+    labels = {"data.shuffle_labels": False} if plan.config["data"].get("shuffle_labels") else {}
     return Companion(
         take=tuple(plan.config),
-        change={"method": fixed, "task.control": False, "force": False, "ckpt_path": None},
+        change={"method": fixed, "task.control": False, "force": False, "ckpt_path": None, **labels},
         shorten="task.control=false",
     )

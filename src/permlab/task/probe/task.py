@@ -35,5 +35,10 @@ class Probe(Task):
         super().__init__(spec)
         self.num_samples, self.label_smoothing = num_samples, label_smoothing
 
+    def problems(self, plan: Plan) -> list[str]:
+        if plan.config["data"].get("shuffle_labels"):
+            return ["data.shuffle_labels=true: task=probe learns no order from labels"]
+        return []
+
     def idle(self, plan: Plan) -> Iterator[Idle]:
         yield "model.lr", "task=probe, whose head learns at optim.lr"

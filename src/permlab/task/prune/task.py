@@ -266,6 +266,9 @@ class Prune(Task):
             keys = [*(f"task.{key}" for key in LOSS_OPTIONS), *(f"optim.{key}" for key in optim)]
             for key in [*keys, *(f"trainer.{key}" for key in trainer)]:
                 yield key, f"{named}, which does not learn"
+            yield "data.shuffle_labels", f"{named}, which does not learn"
+        if not self.task_weight:
+            yield "data.shuffle_labels", f"task.task_weight={self.task_weight}"
         if not self._orders_learn(plan):
             yield "task.mask_share", f"{named}, which does not learn"
         if "estimator" not in options:
@@ -326,7 +329,8 @@ class Prune(Task):
             return {}
         names = {group: config[group]["name"] for group in ("model", "data")}
         words = [f"task={trained_by}", "method=fixed", *(f"{k}={v}" for k, v in names.items())]
-        data = [f"data.{key}" for key in config["data"] if key not in ("batch_size", "num_workers")]
+        own = ("batch_size", "num_workers", "shuffle_labels")  # the dense model is trained on true labels
+        data = [f"data.{key}" for key in config["data"] if key not in own]
         change: dict[str, Any] = {} if trained_by == HEAD_TRAINED_BY else {"optim.lr": config["model"]["lr"]}
         if self.dense_steps:
             change |= {"trainer.max_steps": self.dense_steps, "trainer.val_check_interval": None}

@@ -1,0 +1,1 @@
+"""Putting images together from their pieces."""

@@ -1,0 +1,1 @@
+"""Sorting images by the numbers that they show."""
