@@ -44,6 +44,7 @@ def test_the_weights_are_those_of_any_other_order():
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[1])
 
 
+@pytest.mark.parametrize("planted", ["spiral"], indirect=True)
 def test_a_run_and_its_control_start_there(planted, tmp_path):
     result = train(tmp_path, "method=sort_ste", "method.order=compressible", steps=2)
     assert result.code == 0, result.err
@@ -62,6 +63,7 @@ def test_what_has_no_patches_is_refused(words):
 # The command
 
 
+@pytest.mark.parametrize("planted", ["column"], indirect=True)
 def test_the_table_has_the_best_first(planted, capsys):
     assert command.main(["compress", "method=fixed"]) == 0
     title, head, *rows = capsys.readouterr().out.splitlines()
