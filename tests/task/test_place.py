@@ -16,21 +16,20 @@ from permlab.task import place
 def planted(request, monkeypatch):
     """Digits whose pixels rarely change along a path."""
     rng = np.random.default_rng(0)
-    changes = rng.random((500, 64)) < 0.2
+    changes = rng.random((240, 64)) < 0.2
     changes[:, 0] = True
     last = np.maximum.accumulate(np.where(changes, np.arange(64), 0), 1)
     values = np.take_along_axis(rng.integers(17, size=changes.shape), last, 1)
-    images = np.empty((500, 64), dtype=np.float32)
+    images = np.empty((240, 64), dtype=np.float32)
     images[:, scan_order(request.param, 8, 8).numpy()] = values / 16
-    monkeypatch.setattr(permlab.data.digits, "_load", lambda: (images.reshape(-1, 1, 8, 8), np.arange(500) % 10))
+    monkeypatch.setattr(permlab.data.digits, "_load", lambda: (images.reshape(-1, 1, 8, 8), np.arange(240) % 10))
     place._compression.cache_clear()
     yield request.param
     place._compression.cache_clear()
 
 
-@pytest.mark.parametrize("method", ["fixed", "sinkhorn_ste"])
-def test_a_method_starts_from_what_compresses_best(planted, method):
-    parts = assemble(configure([*SHORT, f"method={method}", "method.order=compressible"]))
+def test_a_method_starts_from_what_compresses_best(planted):
+    parts = assemble(configure([*SHORT, "method.order=compressible"]))
     expected = scan_order(planted, 8, 8)
     assert torch.equal(parts.method.start_order, expected)
     assert torch.equal(parts.method.best(), expected)

@@ -31,7 +31,7 @@ class RidgeHybrid(Sinkhorn):
     """
 
     permutes: ClassVar[tuple[str, ...]] = ("items",)
-    reads_items = None
+    reads_items: ClassVar[tuple[str, tuple[str, ...]] | None] = None
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {}
 
     found: Tensor
