@@ -6,6 +6,7 @@ import torch
 from runs import SHORT, assemble, configure, train
 
 import permlab.data.digits
+from permlab import __main__ as door
 from permlab.errors import ConfigError
 from permlab.ops import __main__ as command
 from permlab.ops.scan_order import PATHS, scan_order
@@ -90,6 +91,12 @@ def test_a_wrong_word_is_one_line(capsys, words, message):
     assert error.count("\n") == 1
 
 
-def test_help_is_printed(capsys):
-    assert command.main(["--help"]) == 0
+@pytest.mark.parametrize(("main", "words"), [(command.main, ["--help"]), (door.main, ["compress", "--help"])])
+def test_help_is_printed(capsys, main, words):
+    assert main(words) == 0
     assert "python -m permlab.ops compress" in capsys.readouterr().out
+
+
+def test_a_slip_of_the_pen_is_guessed():
+    with pytest.raises(ConfigError, match=r"method\.order=compresible: unknown order .*; did you mean compressible\?"):
+        configure(["method.order=compresible"])

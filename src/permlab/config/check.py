@@ -265,7 +265,8 @@ def _order_problem(order: Any, num_items: int | None, has_patches: bool) -> str 
     try:
         check_name(order)
     except ValueError as error:
-        return str(error)
+        is_near = difflib.get_close_matches(order, [COMPRESSIBLE])
+        return f"unknown order {order!r}; did you mean {COMPRESSIBLE}?" if is_near else str(error)
     return None
 
 
