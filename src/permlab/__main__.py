@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import permlab.config.reference
+import permlab.ops.__main__
 import permlab.study.__main__
 import permlab.sweep.__main__
 from permlab import cli
@@ -17,6 +18,10 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "eval": ("test a finished run again, export or upload it", lambda words: cli.main("eval", words)),
     "sweep": ("run the grids of sweeps/; without a name, list them", permlab.sweep.__main__.main),
     "study": ("draw the figures of a study from its table", permlab.study.__main__.main),
+    "compress": (
+        "show in which scan order a data set's patches compress best",
+        lambda words: permlab.ops.__main__.main(["compress", *words]),
+    ),
     "options": ("write docs/options.md anew", lambda _: permlab.config.reference.main()),
 }
 USAGE = """usage: python -m permlab <command> [words ...]

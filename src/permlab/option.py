@@ -169,12 +169,12 @@ class TemperatureForm(Mark):
 
 
 class OrderForm(Mark):
-    """The value names an order, in a form that `permlab.task.place.starting_order` reads."""
+    """The value names an order, in a form that `permlab.task.place.at_items` reads."""
 
 
 # A number >= 0, or a schedule {kind, start, peak, end}.
 Temperature = Annotated[float | Mapping[str, Any], TemperatureForm()]
-# A scan-order name, a list of item indices, or the path of an .npz file with an `order` array.
+# A scan-order name, `compressible`, a list of item indices, or the path of an .npz file with an `order` array.
 Order = Annotated[str | Sequence[int], OrderForm(), TakenAsWritten()]
 # A path, or the name of something on a hub.
 Verbatim = Annotated[str, TakenAsWritten()]

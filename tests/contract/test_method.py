@@ -28,6 +28,8 @@ from permlab.config.build import build
 from permlab.config.schema import component_options
 from permlab.errors import ConfigError
 from permlab.method.base import Method
+from permlab.method.training_items import TrainingItems
+from permlab.ops.ridge_search import ridge_loss
 from permlab.option import choices, matches
 from permlab.permutation import PermutationSample, Site, invert, order_to_matrix, permute
 from permlab.sparsity.search_inputs import SearchInputs
@@ -610,7 +612,10 @@ def trace(preset: str, changes: dict[str, Any]) -> list[Any]:
     items = items_of(5, 6).double()
     found = [method.search(replace(channels(), updates_weights=updates)) for updates in (False, True)]
     read = [method.lr, method.num_polish_steps, method.num_descent_steps, method.swap_share]  # by the task
-    seen: list[Any] = [*read, *found]
+    asked: list[int] = []
+    prepared = make(preset, NUM_PATCHES, **changes)
+    prepared.prepare(TrainingItems(lambda count: asked.append(count) or patches().draw(count)))
+    seen: list[Any] = [*read, *found, *asked, *prepared.orders().values()]
     for number in range(12):
         method.advance(number, 12)
         sample = method(items, generator=seeded(number))
@@ -628,6 +633,18 @@ def channels() -> SearchInputs:
     hessian = inputs.T @ inputs
     scores = weight.abs() * hessian.diagonal().sqrt()
     return SearchInputs([weight], [hessian], [scores], n=2, m=4)
+
+
+NUM_PATCHES = 24
+
+
+@functools.cache
+def patches() -> TrainingItems:
+    """Images with a class in some of their patches, which are more than a search orders at once."""
+    labels = torch.arange(160) % 4
+    items = torch.randn(160, NUM_PATCHES, 5, generator=seeded(3))
+    items[:, ::3] += torch.randn(4, 5, generator=seeded(4))[labels, None]
+    return TrainingItems(lambda count: (items[:count], labels[:count]))
 
 
 def variations(value: Any, type_: Any) -> list[Any]:
@@ -716,6 +733,45 @@ def test_a_search_finds_a_better_order_and_the_same_one_again(preset, num_groups
     assert better, (
         "search() must lower the reconstruction error, or keep more of the scores, than the channels as they are"
     )
+
+
+def prepared(preset: str, start: int | list[int] = NUM_PATCHES, *, num_groups: int = 1) -> Method:
+    method = make(preset, start, num_groups=num_groups)
+    method.prepare(patches())
+    return method
+
+
+ITEM_SEARCHES = those(lambda preset: not torch.equal(prepared(preset).best(), prepared(preset).site.order))
+
+
+@pytest.mark.parametrize("num_groups", [1, 4])
+@pytest.mark.parametrize("preset", ITEM_SEARCHES)
+def test_what_is_prepared_is_a_better_order_and_the_same_one_again(preset: str, num_groups: int) -> None:
+    method = prepared(preset, list(range(NUM_PATCHES)), num_groups=num_groups)
+    found, size = method.best(), NUM_PATCHES // num_groups
+    assert sorted(found.tolist()) == list(range(NUM_PATCHES)), "prepare() must leave an order: each item once"
+    stays = torch.equal(found // size, torch.arange(NUM_PATCHES) // size)
+    assert stays, "prepare() must leave items in their group"
+    again = prepared(preset, list(range(NUM_PATCHES)), num_groups=num_groups)
+    assert torch.equal(found, again.best()), "prepare() must find the same order again"
+    losses = [ridge_loss(*patches().draw(160), order) for order in (method.site.order, found)]
+    assert losses[1] < losses[0], (
+        f"what prepare() finds must be read better by a fading memory than the start: {losses}"
+    )
+
+
+@pytest.mark.parametrize("preset", ITEM_SEARCHES)
+def test_what_is_prepared_is_kept_in_warmup_and_in_the_state(preset: str) -> None:
+    method = prepared(preset)
+    found = method.best()
+    method.phase = "warmup"
+    assert torch.equal(method.train()().order, found), "in warmup, forward() must give what prepare() has found"
+    assert torch.equal(method.start_order, method.site.order), "prepare() must leave start_order, which controls have"
+    other = make(preset, NUM_PATCHES)
+    other.load_state_dict(method.state_dict())
+    other.phase = "warmup"
+    for order in (other.best(), other.train()().order):
+        assert torch.equal(order, found), "what prepare() finds must be all in state_dict()"
 
 
 @pytest.mark.parametrize("preset", PRESETS)

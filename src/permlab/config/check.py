@@ -32,7 +32,7 @@ from permlab.config.schema import (
 from permlab.config.secret import leaks
 from permlab.config.suggest import nearest_key
 from permlab.errors import ConfigError, nearest
-from permlab.ops.scan_order import check_name
+from permlab.ops.scan_order import COMPRESSIBLE, check_name
 from permlab.ops.schedule import parse
 from permlab.option import REQUIRED, ItemSide, OrderForm, Rule, TemperatureForm, choices, describe, matches
 
@@ -84,7 +84,7 @@ def check_settings(group: str, settings: Mapping[str, Any]) -> None:
         ConfigError: with every problem found.
     """
     problems = _check_group(group, settings, {group: settings}) or [
-        *_check_forms(group, settings, None),
+        *_check_forms(group, settings, None, has_patches=True),
         *_check_rules(group, settings),
     ]
     if problems:
@@ -198,8 +198,9 @@ def _check_across(plan: Plan) -> list[str]:
         problems.append(f"model.patch_size={config['model']['patch_size']}: {error}")
     if plan.task.permutes == "weights":
         num_items = None  # each of its sites has a number of its own
+    has_patches = num_items is not None and not plan.spec.is_sequence
     for group in COMPONENT_GROUPS:
-        problems += _check_forms(group, config[group], num_items)
+        problems += _check_forms(group, config[group], num_items, has_patches)
     problems += _check_method(plan)
     for group in COMPONENT_GROUPS:
         problems += _check_rules(group, config[group])
@@ -242,27 +243,30 @@ def count_items(plan: Plan) -> int:
     return height * width
 
 
-def _check_forms(group: str, settings: Mapping[str, Any], num_items: int | None) -> list[str]:
+def _check_forms(group: str, settings: Mapping[str, Any], num_items: int | None, has_patches: bool) -> list[str]:
     """Orders and temperatures, whose forms are their own small languages."""
     problems = []
     for key, option in schema(group, settings["component"]).items():
-        if option.marks(OrderForm) and (problem := _order_problem(settings[key], num_items)):
+        if option.marks(OrderForm) and (problem := _order_problem(settings[key], num_items, has_patches)):
             problems.append(f"{group}.{key}={settings[key]}: {problem}")
         if option.marks(TemperatureForm) and (problem := _temperature_problem(settings[key])):
             problems.append(f"{group}.{key}={settings[key]}: {problem}")
     return problems
 
 
-def _order_problem(order: Any, num_items: int | None) -> str | None:
+def _order_problem(order: Any, num_items: int | None, has_patches: bool) -> str | None:
     if isinstance(order, list):
         expected = list(range(num_items if num_items is not None else len(order)))
         return None if sorted(order) == expected else f"not a permutation of {len(expected)} items"
     if order.endswith(".npz"):
         return None if Path(order).is_file() else f"no such file{_nearest_file(order)}"
+    if order == COMPRESSIBLE:
+        return None if has_patches else "there are no patches to compress; expected a scan order, such as row"
     try:
         check_name(order)
     except ValueError as error:
-        return str(error)
+        is_near = difflib.get_close_matches(order, [COMPRESSIBLE])
+        return f"unknown order {order!r}; did you mean {COMPRESSIBLE}?" if is_near else str(error)
     return None
 
 

@@ -151,7 +151,8 @@ SHARED = {
     "name": "the preset",
     "component": "file of the preset's class",
     "lr": "peak learning rate that the preset recommends, which `optim.lr` refers to",
-    "order": "starting order, or the order of `fixed`: a scan order, indices, or an `.npz` with an array `order`",
+    "order": "starting order, or the order of `fixed`: a scan order, `compressible` (the one in which the training "
+    "images' patches compress best), indices, or an `.npz` with an array `order`",
     "batch_size": "samples per process and step",
     "num_workers": "processes that fetch ahead; 0 fetches in the training's own",
 }

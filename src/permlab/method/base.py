@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from permlab.method.training_items import TrainingItems
 from permlab.ops.distance import displacement, kendall
 from permlab.ops.schedule import parse
 from permlab.permutation import PermutationSample, Site
@@ -44,8 +45,8 @@ class Method(nn.Module):
     Phase and temperature are functions of the optimiser step, set by `advance`; they are no
     state, so a resumed run needs none of it.
 
-    Subclasses implement `sample` and `best`, `scores`, `soft_matrix` and `search` where they have
-    them, and `advantage` where their samples have a `log_prob`. Their constructor's keyword-only
+    Subclasses implement `sample` and `best`, `scores`, `soft_matrix`, `search` and `prepare` where they
+    have them, and `advantage` where their samples have a `log_prob`. Their constructor's keyword-only
     arguments are their options.
 
     Args:
@@ -102,6 +103,11 @@ class Method(nn.Module):
     def group_size(self) -> int:
         return self.site.num_items // self.site.num_groups
 
+    @property
+    def base_order(self) -> Int64[Tensor, " n"]:
+        """What training begins with and warm-up keeps: the starting order, unless `prepare` has found another."""
+        return self.start_order
+
     def advance(self, step: int, num_steps: int) -> None:
         """Set phase and temperature for an optimiser step (counted from 0) of `num_steps`.
 
@@ -127,7 +133,7 @@ class Method(nn.Module):
             return self.sample(items, generator)
         warm = self.training and self.phase == "warmup"
         with torch.no_grad():
-            order = self.start_order if warm else self.best(items)
+            order = self.base_order if warm else self.best(items)
         return PermutationSample(order=order, soft=None, log_prob=None, estimator="none")
 
     def sample(self, items: Tensor | None, generator: torch.Generator | None) -> PermutationSample:
@@ -150,6 +156,15 @@ class Method(nn.Module):
             inputs: what is known of the layers at the site.
         """
         return None
+
+    def prepare(self, training: TrainingItems) -> None:
+        """What a method of items does before training, such as a search that changes what `best` gives; nothing here.
+
+        It is done again when a run is resumed, before the state is restored.
+
+        Args:
+            training: items of the training images, which are read if they are asked for.
+        """
 
     def scores(self, items: Float[Tensor, "*b n d"] | None = None) -> Tensor | None:
         """Scores that orders come from: `[*c, n]`, or `[g, m, m]` for g groups of m; None where there are none."""

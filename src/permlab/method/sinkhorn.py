@@ -62,7 +62,7 @@ class Sinkhorn(Method):
     """
 
     tuned_as: ClassVar[str] = "sinkhorn"
-    reads_items = ("cost", ("network",))
+    reads_items: ClassVar[tuple[str, tuple[str, ...]] | None] = ("cost", ("network",))
 
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "width": ("cost", ["table"]),

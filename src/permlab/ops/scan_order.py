@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     import torch
 
 
+# In place of a scan order: the one in which the patches of the training images compress best.
+COMPRESSIBLE = "compressible"
+
+
 class ScanName(NamedTuple):
     """A scan-order name taken apart: `reverse_random_7` is ("random", 7, True)."""
 
@@ -272,5 +276,7 @@ _PATHS = {
     "reorder_peano": _reorder_peano,
     "spiral": _spiral,
 }
-_BASES = (*_PATHS, "random")
+# Names of the orders that chance has no part in.
+PATHS = tuple(_PATHS)
+_BASES = (*PATHS, "random")
 NAMES = (*_BASES, *(f"reverse_{base}" for base in _BASES))

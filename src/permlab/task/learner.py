@@ -98,7 +98,7 @@ class Learner(L.LightningModule):
         Raises:
             ConfigError: if a component refuses its values, or does not fit the model.
         """
-        return at_items(model, plan.config["method"])
+        return at_items(model, plan)
 
     def adopt(self, before: Mapping[str, Path]) -> None:
         """Take over from the runs before this one what has to fit; nothing has been written yet.

@@ -1,8 +1,9 @@
 """Where a method sits when it permutes the items of the input: the order it starts from."""
 
+import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,25 +11,65 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from permlab.config.build import build
+from permlab.config.plan import Plan, open_data
+from permlab.data.module import DataModule
 from permlab.data.spec import DataSpec
 from permlab.errors import ConfigError
 from permlab.method.base import Method
 from permlab.model.base import Backbone
-from permlab.ops.scan_order import scan_order
+from permlab.ops.compression import codebook_tokens, colour_tokens, reductions
+from permlab.ops.scan_order import COMPRESSIBLE, scan_order
 from permlab.permutation import Site, check_order
 from permlab.record.stored import UNREADABLE_ARRAYS
 
 SITE = "patches"
+# Training images, at most, on which scan orders are compared by how well they compress.
+NUM_COMPRESSED = 512
 
 
-def at_items(model: Backbone, settings: Mapping[str, Any]) -> Method:
-    """The method that `settings` describe, at the items of a backbone.
+def at_items(model: Backbone, plan: Plan) -> Method:
+    """The method of a plan, at the items of a backbone.
 
     Raises:
-        ConfigError: if a component refuses its values, or the starting order does not fit.
+        ConfigError: if a component refuses its values, the starting order does not fit, or images that it
+            depends on cannot be read.
     """
-    order = starting_order(settings["order"], model.height, model.width)
-    return build("method", settings, Site(SITE, order, num_features=model.num_features))
+    settings = plan.config["method"]
+    order = settings["order"]
+    if order == COMPRESSIBLE:
+        table = compression(plan, model.height, model.width)
+        order = max(table, key=lambda scan: table[scan]["mean"])
+    site = Site(SITE, starting_order(order, model.height, model.width), num_features=model.num_features)
+    return build("method", settings, site)
+
+
+def compression(plan: Plan, height: int, width: int) -> Mapping[str, Mapping[str, float]]:
+    """How much smaller the patches of a plan's training images are in each scan order than row by row, in per cent.
+
+    Args:
+        height, width: of the grid of patches.
+    Returns:
+        By scan order and by the tokens that were compressed, and their `mean`; see `permlab.ops.compression`.
+    Raises:
+        ConfigError: if the images cannot be read, or the grid does not divide them.
+    """
+    return _compression(json.dumps(plan.config["data"]), plan.task.data_seed(plan), height, width)
+
+
+@cache
+def _compression(settings: str, seed: int, height: int, width: int) -> Mapping[str, Mapping[str, float]]:
+    data, spec = open_data(json.loads(settings))
+    # What a data set draws is no draw of the weights that are made beside this.
+    with torch.random.fork_rng(devices=[]):
+        module = DataModule(data, json.loads(settings), seed)
+        images = torch.cat([images for images, _ in module.sample("train", NUM_COMPRESSED)])
+    try:
+        rows = images.unflatten(-2, (height, -1)).unflatten(-1, (width, -1))  # b c height h width w
+    except RuntimeError as error:
+        raise ConfigError(f"a grid of {height}x{width} does not divide {spec.height}x{spec.width} pixels") from error
+    patches = rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    tokens = {"colour": colour_tokens(patches, images.shape[1]), "codebook": codebook_tokens(patches, seed=seed)}
+    return reductions(tokens, height, width)
 
 
 def at_samples(

@@ -1,6 +1,8 @@
 """Classify images whose patches are read in a learned order: how it is trained."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,9 +11,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from permlab.data.module import DataModule
 from permlab.data.spec import DataSpec
 from permlab.errors import ConfigError
 from permlab.method.base import Method
+from permlab.method.training_items import TrainingItems
 from permlab.model.base import Backbone
 from permlab.ops.distance import adjacency, kendall
 from permlab.permutation import PermutationSample, invert, permute
@@ -65,6 +69,29 @@ class ClassifyLearner(Learner):
                 with torch.no_grad():
                     items = self.model.embed(torch.zeros(1, spec.channels, spec.height, spec.width))
                     self.projection(self.model.encode(items))
+
+    # Before training
+
+    def prepare(self, data: DataModule, before: Mapping[str, Path]) -> None:
+        """Let the method look at training items, where it wants to.
+
+        Raises:
+            ConfigError: if there are too few of them for what the method does.
+        """
+        try:
+            self.method.prepare(TrainingItems(partial(self._draw, data), self.seed))
+        except ValueError as error:
+            raise ConfigError(f"method, before training: {error}") from error
+
+    @torch.no_grad()
+    def _draw(self, data: DataModule, count: int) -> tuple[Float[Tensor, "b n d"], Int64[Tensor, " b"]]:
+        """Items and labels of up to so many training images, on the CPU."""
+        was_training = self.model.training
+        self.model.eval()
+        batches = data.sample("train", count)
+        items = [self.model.embed(images.to(self.device)).float().cpu() for images, _ in batches]
+        self.model.train(was_training)
+        return torch.cat(items), torch.cat([labels for _, labels in batches])
 
     # Training
 

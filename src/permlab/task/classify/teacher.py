@@ -24,7 +24,7 @@ class RunTeacher(nn.Module):
         plan = read_plan(run_dir)
         self.spec = plan.spec
         self.model = build("model", plan.config["model"], plan.spec)
-        self.method = at_items(self.model, plan.config["method"])
+        self.method = at_items(self.model, plan)
         load_weights(run_dir / "checkpoints" / "best.ckpt", ("model", self.model), ("method", self.method))
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b f"]]:
