@@ -72,21 +72,19 @@ def _compression(settings: str, seed: int, height: int, width: int) -> Mapping[s
     return reductions(tokens, height, width)
 
 
-def at_samples(
-    model: Backbone, spec: DataSpec, settings: Mapping[str, Any], name: str, grid: tuple[int, int], images: int = 1
-) -> Method:
-    """The method that `settings` describe, where each item is one or more whole images, as a backbone encodes them.
+def at_samples(model: Backbone, plan: Plan, name: str, grid: tuple[int, int], images: int = 1) -> Method:
+    """The method of a plan, where each item is one or more whole images, as a backbone encodes them.
 
     Args:
-        spec: shape of an image.
         name: of the site.
         grid: rows and columns of the items, for the starting order.
         images: in an item, whose features are put one behind the other.
     Raises:
         ConfigError: if a component refuses its values, or the starting order does not fit.
     """
+    settings = plan.config["method"]
     order = starting_order(settings["order"], *grid)
-    return build("method", settings, Site(name, order, num_features=images * feature_length(model, spec)))
+    return build("method", settings, Site(name, order, num_features=images * feature_length(model, plan.spec)))
 
 
 @torch.no_grad()

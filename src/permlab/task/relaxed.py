@@ -2,6 +2,7 @@
 
 from permlab.config.plan import Plan
 from permlab.config.schema import component_options, constant
+from permlab.ops.scan_order import COMPRESSIBLE
 
 
 def needs_relaxation(plan: Plan) -> list[str]:
@@ -17,6 +18,10 @@ def needs_relaxation(plan: Plan) -> list[str]:
     if method[key] not in values:
         problems.append(
             f"method.{key}={method[key]}: has one order for all samples of task={task}; expected {' or '.join(values)}"
+        )
+    if method["order"] == COMPRESSIBLE:
+        problems.append(
+            f"method.order={COMPRESSIBLE}: task={task} orders whole images; expected a scan order, such as row"
         )
     if method.get("surrogate") == "product":
         problems.append(f"method.surrogate=product: is no relaxation, and task={task} needs one; expected softmax")

@@ -112,6 +112,10 @@ def test_a_few_steps_sort_better_than_chance(tmp_path) -> None:
         (["method=reorder"], "method=reorder: task=sort needs a relaxed order"),
         (["method.scorer=vector", "method.start=order"], "method.scorer=vector: has one order for all samples"),
         (["method=sort_ste", "method.surrogate=product"], "method.surrogate=product: is no relaxation"),
+        (
+            ["method=neural_sort", "method.order=compressible"],
+            "method.order=compressible: task=sort orders whole images",
+        ),
         (["method.freeze_fraction=0.3"], "method.freeze_fraction=0.3: nothing of task=sort learns"),
         (["data.batch_size=2"], "data.batch_size=2: a sample of task=sort has 3 x 1 images"),
     ],

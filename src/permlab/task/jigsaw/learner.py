@@ -78,7 +78,7 @@ class JigsawLearner(Learner):
     @classmethod
     def place(cls, plan: Plan, model: Backbone) -> Method:
         sides = plan.task.num_sides
-        return at_samples(model, plan.spec, plan.config["method"], "pieces", (sides, sides))
+        return at_samples(model, plan, "pieces", (sides, sides))
 
     @property
     def grid(self) -> tuple[int, int]:

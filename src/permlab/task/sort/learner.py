@@ -75,7 +75,7 @@ class SortLearner(Learner):
     def place(cls, plan: Plan, model: Backbone) -> Method:
         task = plan.task
         grid = (1, task.num_numbers)
-        return at_samples(model, plan.spec, plan.config["method"], "numbers", grid, images=task.num_digits)
+        return at_samples(model, plan, "numbers", grid, images=task.num_digits)
 
     @property
     def grid(self) -> tuple[int, int]:
