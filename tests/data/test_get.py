@@ -23,7 +23,7 @@ def test_every_data_set_is_listed_with_whether_it_is_here(tmp_path: Path, capsys
     head, *rows = [line.split() for line in out.splitlines()]
     assert head[:4] == ["data=", "here", "size", "licence"]
     assert {row[0]: row[1] for row in rows} == {
-        name: "yes" if name in ("digits", "pydocs") else "no" for name in component_names("data")
+        name: "yes" if name in ("digits", "shuffled_digits", "pydocs") else "no" for name in component_names("data")
     }
     assert call(capsys, "list", f"paths.data={tmp_path}")[1] == out
 
