@@ -119,7 +119,7 @@ class Method(nn.Module):
         self.temperature = self.schedule.at(min(max(self._progress(step - begin, end - begin), 0.0), 1.0))
 
     def _progress(self, step: int, num_steps: int) -> float:
-        """Of the temperature's schedule at a step of the active phase, which has `num_steps`; beyond 0 to 1 outside it."""
+        """Of the temperature's schedule at a step of the active phase, which has so many; beyond 0 to 1 outside it."""
         return step / max(1, num_steps - 1)
 
     def forward(

@@ -30,12 +30,12 @@ class Classify(Task):
             (Hinton et al. 2015, arXiv:1503.02531).
         feature_weight: mean squared error between the student's pooled features, through a
             learned linear map, and the teacher's.
-        control_schedule: of the learning rate of the control: `matched` to that of the learned order; or `without_hold`,
-            a defect of REOrder's released code (arXiv:2505.23751), whose fixed orders fall from the end of the warm-up
-            where its learned ones hold the peak, `optim.hold_fraction`, until the order is frozen.
-        warmup_position: where the position table is added while the starting order is kept: the `same` place as later,
-            the item, or the `slot`, a defect of the same code, whose tables jump when the policy starts, and in whose
-            fixed orders they stay with the slot. So the control's does; refit's is with the item.
+        control_schedule: learning rate of the control: `matched` to that of the learned order; or `without_hold`,
+            a defect of REOrder's released code (arXiv:2505.23751), in which the rate of fixed orders falls from the
+            end of the warm-up and that of learned ones stays at its peak (`optim.hold_fraction`) until the freeze.
+        warmup_position: where the position table is added while the starting order is kept: to the item, the
+            `same` as later, or to the `slot`, a defect of that code: there the table jumps when the policy starts,
+            and stays with the slot under a fixed order. So it does in the control, and not in the refit.
     """
 
     takes: ClassVar[tuple[str, ...]] = ("image",)
