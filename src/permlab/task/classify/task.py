@@ -111,7 +111,7 @@ class Classify(Task):
         found = {"control": _at_order(plan, plan.config["method"]["order"])}
         if "order" in arrays:
             found["refit"] = _at_order(plan, arrays["order"].tolist())
-        return {name: replace(each, change=each.change | self._unlike(name)) for name, each in found.items()}
+        return {name: replace(each, change={**each.change, **self._unlike(name)}) for name, each in found.items()}
 
     def _unlike(self, name: str) -> dict[str, Any]:
         """In what a companion differs by the defects that are chosen, which it does not have itself."""
