@@ -19,7 +19,7 @@ from permlab.config.build import build
 from permlab.config.check import checked
 from permlab.config.compose import compose_config
 from permlab.config.plan import Plan
-from permlab.config.schema import CONF, component_names
+from permlab.config.schema import CONF, added_later, component_names
 from permlab.model.base import Backbone
 from permlab.study.grid import expand
 from permlab.task.prune.sites import fitting_sites
@@ -114,6 +114,28 @@ def test_commands_are_of_their_own_file_and_valid(name: str, data: Path) -> None
         # A sweep over methods sets keys that some of them do not have.
         method_is_swept = any(word.startswith("method=") for word in job.words)
         assert [w for w in job.warnings if not (method_is_swept and w.startswith("method."))] == [], job.words
+
+
+def test_reorders_released_code_is_its_experiment_but_for_defects_that_are_off_by_default(data: Path) -> None:
+    fair, released = (jobs(name, data)[0].plan.config for name in ("reorder/arm_b", "reorder/arm_b_released"))
+    differing = {
+        f"{group}.{key}": value
+        for group in ("model", "method", "task", "data", "optim", "trainer")
+        for key, value in released[group].items()
+        if fair[group][key] != value
+    }
+    assert differing == {
+        "model.class_token": "front",
+        "method.num_temperature_steps": 30,
+        "method.inverse_initial_order": True,
+        "method.baseline_from_zero": True,
+        "task.control_schedule": "without_hold",
+        "task.warmup_position": "slot",
+    }
+    assert released["method"]["temperature_in_log_prob"] is False
+    for key in differing:
+        group, option = key.split(".")
+        assert added_later(group, released[group]["component"])[option] == fair[group][option]
 
 
 @pytest.mark.parametrize("name", COMPARED)

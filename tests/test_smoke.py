@@ -20,9 +20,10 @@ PRUNED = tuple(name for name in NANO if name != "ssm_probe")  # which has no blo
 METHODS = component_names("method")
 
 
-def _orders_items(preset: str) -> bool:
-    component = compose_config("train", [f"method={preset}"])[0]["method"]["component"]
-    return "items" in (constant("method", component, "permutes") or ("items",))
+def those_for(what: str) -> list[str]:
+    """Methods that permute items, or weights."""
+    named = {name: compose_config("train", [f"method={name}"])[0]["method"]["component"] for name in METHODS}
+    return [name for name, own in named.items() if what in (constant("method", own, "permutes") or (what,))]
 
 
 def pairs(first: Sequence[str], second: Sequence[str]) -> list[tuple[str, str]]:
@@ -38,7 +39,7 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(permlab.run.story, "draw_all", lambda run_dir: [])
 
 
-@pytest.mark.parametrize(("model", "method"), pairs(NANO, [name for name in METHODS if _orders_items(name)]))
+@pytest.mark.parametrize(("model", "method"), pairs(NANO, those_for("items")))
 def test_backbones_train_with_methods(model: str, method: str, tmp_path: Path) -> None:
     result = train(tmp_path, f"model={model}", f"method={method}", "model.patch_size=2", "task.control=false")
     assert result.code == 0, result.err
@@ -52,7 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-@pytest.mark.parametrize(("model", "method"), pairs(PRUNED, METHODS))
+@pytest.mark.parametrize(("model", "method"), pairs(PRUNED, those_for("weights")))
 def test_backbones_are_pruned_with_methods(model: str, method: str, runs: Path) -> None:
     options = ["task=prune", "task.dense_steps=2", "task.num_samples=32", "task.num_groups=2"]
     options += ["method.num_polish_steps=2"] if method in ("hybrid", "loss_search", "swap_descent") else []

@@ -119,6 +119,84 @@ def test_running_baseline_starts_at_the_first_reward(granularity):
     assert torch.equal(restored.advantage(rewards[0]), method.advantage(rewards[0]))
 
 
+# Defects of the released code
+
+
+def temperatures(num_steps, **changes):
+    """At every step of a training whose active phase is its middle third."""
+    schedule = {"kind": "triangular", "start": 0.0, "peak": 0.2, "end": 0.0}
+    method = running(temperature=schedule, warmup_fraction=1 / 3, freeze_fraction=1 / 3, **changes)
+    found = []
+    for step in range(num_steps):
+        method.advance(step, num_steps)
+        found.append(method.temperature)
+    return method, found[num_steps // 3 : 2 * num_steps // 3]
+
+
+@pytest.mark.parametrize(("num_epochs", "steps_per_epoch"), [(30, 250), (3, 7), (1, 5), (6, 1)])
+def test_a_temperature_that_moves_on_once_an_epoch(num_epochs, steps_per_epoch):
+    """Against a table with an entry for every step of the active phase, read at the number of the epoch."""
+    total = num_epochs * steps_per_epoch
+    ups = torch.arange(total, dtype=torch.float64) / (total - 1)
+    table = (0.2 * (1 - (2 * ups - 1).abs())).clamp(min=1e-3)
+    _, found = temperatures(3 * total, num_temperature_steps=num_epochs)
+    _, intended = temperatures(3 * total)
+    assert found == pytest.approx([table[step // steps_per_epoch].item() for step in range(total)])
+    assert intended == pytest.approx(table.tolist())
+    if steps_per_epoch == 250:
+        assert max(found) == pytest.approx(29 / 7499 * 0.4)  # of an intended 0.2
+        assert max(found) < 0.0016
+
+
+def test_a_rare_temperature_changes_neither_phases_nor_logits():
+    plain, _ = temperatures(90)
+    rare, found = temperatures(90, num_temperature_steps=3)
+    assert torch.equal(plain.logits, rare.logits)
+    for step in range(90):
+        plain.advance(step, 90)
+        rare.advance(step, 90)
+        assert plain.phase == rare.phase
+    assert found[0] != found[-1]  # epochs of ten steps each
+
+
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_inverse_initial_order_is_that_of_the_released_code(num_groups):
+    """`linspace[order]` there, whose sorting gives the rank of every slot in place of the item."""
+    order = [2, 0, 1, 3] if num_groups == 1 else [1, 2, 0, 5, 3, 4]
+    size = len(order) // num_groups
+    spaced = torch.linspace(0, -1, size).repeat(num_groups)
+    method = running(order=order, num_groups=num_groups, inverse_initial_order=True)
+    torch.testing.assert_close(method.logits.detach(), spaced[torch.tensor(order)])
+    inverse = [order.index(item) for item in range(len(order))]
+    assert inverse != order
+    assert method.best().tolist() == inverse
+    assert running(order=order, num_groups=num_groups).best().tolist() == order
+    method.phase = "warmup"
+    assert method().order.tolist() == method.eval().best().tolist() == order
+    method.phase = "frozen"
+    assert method().order.tolist() == inverse
+
+
+def test_an_involution_starts_alike():
+    order = [0, 3, 6, 1, 4, 7, 2, 5, 8]  # the columns of a 3x3 grid
+    assert torch.equal(running(order=order).logits, running(order=order, inverse_initial_order=True).logits)
+
+
+def test_a_baseline_from_zero_is_that_from_the_first_reward_but_for_its_start():
+    rewards = torch.randn(400, 5) - 3
+    method, other = running(baseline_from_zero=True), running()
+    baseline = torch.zeros(())
+    for number, reward in enumerate(rewards):
+        found, plain = method.advantage(reward), other.advantage(reward)
+        torch.testing.assert_close(found, reward.mean() - baseline)
+        baseline = 0.9 * baseline + 0.1 * reward.mean()
+        # What is left of the start fades with the momentum.
+        torch.testing.assert_close(plain - found, -rewards[0].mean() * 0.9**number, atol=1e-4, rtol=0)
+    restored = running(baseline_from_zero=True)
+    restored.load_state_dict(method.state_dict())
+    assert torch.equal(restored.advantage(rewards[0]), method.advantage(rewards[0]))
+
+
 def test_advantage_carries_no_gradient():
     reward = torch.randn(4, 5, requires_grad=True)
     assert not reorder_of().advantage(reward).requires_grad

@@ -167,6 +167,39 @@ def test_logits_of_a_whole_model_are_those_of_the_published_sequence(size: tuple
         torch.testing.assert_close(model(x), features[readout] @ model.head.weight.T + model.head.bias)
 
 
+@pytest.mark.parametrize("readout", ["cls", "mean", "last"])
+@pytest.mark.parametrize("grid", [(2, 2), (2, 4), (4, 3)])
+def test_a_class_token_in_front_is_a_cell_of_the_grid(grid: tuple[int, int], readout: str) -> None:
+    """As REOrder's code has it: token L // 2 of all L is kept out, the rest is a raster that is transposed."""
+    model = arm(grid, readout=readout, class_token="front").double()
+    length = model.num_items + 1
+    out = length // 2
+    cells = [token for token in range(length) if token != out]
+    assert cells[0] == 0  # the class token, and so slot out - 1 has no cell
+    columns = np.array(cells).reshape(grid).T.flatten().tolist()
+    columns.insert(out, out)
+    x = images(model)
+    slots = torch.nn.functional.conv2d(x, model.patch_embed.weight, model.patch_embed.bias, stride=2).flatten(2).mT
+    class_token = (model.cls_token + model.pos_embed[:, -1:]).expand(3, -1, -1)
+    tokens = torch.cat([class_token, slots + model.pos_embed[:, :-1]], dim=1)
+    for block in model.blocks:
+        scans, state = block.scans, {name: tensor.numpy() for name, tensor in block.scans.state_dict().items()}
+        norm = block.norm1(tokens).detach().numpy()
+        total = np.zeros_like(norm)
+        for suffix, walk in (("", [*range(length)]), ("_c", columns)):
+            for name, path in ((suffix, walk), (f"{suffix}_b", walk[::-1])):
+                for sample, added in zip(norm, total, strict=True):
+                    added[path] += scan_token_by_token(state, name, sample[path])
+        tokens = tokens + torch.from_numpy(total / 4) @ scans.out_proj.weight.T
+        tokens = tokens + block.mlp(block.norm2(tokens))
+    tokens = model.norm(tokens)
+    features = {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(1), "last": tokens[:, -1]}[readout]
+    torch.testing.assert_close(model(x), features @ model.head.weight.T + model.head.bias)
+    same = arm(grid, readout=readout).double()
+    same.load_state_dict(model.state_dict())
+    assert (same(x) - model(x)).abs().max() > 1e-6
+
+
 def test_weight_decay_leaves_the_dynamics_alone() -> None:
     free = {name.split(".")[-1] for name, p in arm().named_parameters() if getattr(p, "_no_weight_decay", False)}
     assert free == {f"A{suffix}_log" for suffix in SCANS} | {f"D{suffix}" for suffix in SCANS} | {

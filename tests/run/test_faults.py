@@ -404,7 +404,7 @@ def test_a_signal_before_or_after_training_ends_the_run(
         signal.raise_signal(number)
 
     where = {
-        "begin": (permlab.task.learner.Learner, "prepare"),
+        "begin": (permlab.task.classify.learner.ClassifyLearner, "prepare"),
         "test": (permlab.run.trainer, "run_test"),
         "figures": (permlab.run.story, "draw_all"),
     }

@@ -109,7 +109,7 @@ def test_what_is_wrong_is_named() -> None:
         walk(model, model, block_names(model), linears(model), [], lambda *_: None)
     with pytest.raises(ValueError, match="layer head was not called"):
         walk(model, model, block_names(model), {"head": model.head}, [batch], lambda *_: None)
-    model.network.layers[0].self_attn.q_proj.weight.data[0] = torch.inf
+    model.network.layers[0].self_attn.v_proj.weight.data[0] = torch.inf
     with pytest.raises(ValueError, match=r"inputs of layer network.layers.0.self_attn.o_proj are not finite"):
         walk(model, model, block_names(model), linears(model), [batch], lambda *_: None)
     assert "forward" not in model.network.layers[0].__dict__

@@ -55,6 +55,8 @@ def _of_components(plan: Plan) -> Iterator[Idle]:
 
 
 def _of_trainer(config: Mapping[str, Any]) -> Iterator[Idle]:
+    if config["optim"]["schedule"] in ("onecycle", "constant"):
+        yield "optim.hold_fraction", f"optim.schedule={config['optim']['schedule']}"
     if config["trainer"]["on_nonfinite"] == "stop":
         yield "trainer.max_skips", "trainer.on_nonfinite=stop"
     if config["trainer"]["overfit_batches"]:

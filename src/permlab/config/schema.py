@@ -90,6 +90,7 @@ class OptimKeys:
     beta2: Annotated[float, Range(ge=0, lt=1)]
     schedule: Literal["onecycle", "cosine", "linear", "constant"]
     warmup_fraction: Fraction
+    hold_fraction: Annotated[Fraction, AddedLater(0.0)]
 
 
 @dataclass

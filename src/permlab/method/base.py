@@ -122,8 +122,11 @@ class Method(nn.Module):
         begin = round(self.warmup_fraction * num_steps)
         end = num_steps - round(self.freeze_fraction * num_steps)
         self.phase = "warmup" if step < begin else "frozen" if step >= end else "active"
-        progress = (step - begin) / max(1, end - begin - 1)
-        self.temperature = self.schedule.at(min(max(progress, 0.0), 1.0))
+        self.temperature = self.schedule.at(min(max(self._progress(step - begin, end - begin), 0.0), 1.0))
+
+    def _progress(self, step: int, num_steps: int) -> float:
+        """Of the temperature's schedule at a step of the active phase, which has so many; beyond 0 to 1 outside it."""
+        return step / max(1, num_steps - 1)
 
     def forward(
         self, items: Float[Tensor, "*b n d"] | None = None, *, generator: torch.Generator | None = None

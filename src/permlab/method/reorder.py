@@ -1,6 +1,7 @@
 """A Plackett-Luce law over orders, learned by REINFORCE from the model's reward."""
 
 import math
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 
 from permlab.method.base import MAX_SCORE, Method, falling_scores
 from permlab.ops import plackett_luce
-from permlab.option import Fraction, PositiveFloat, PositiveInt, Rate, SharesOne, Temperature, Where
-from permlab.permutation import PermutationSample, Site
+from permlab.option import AddedLater, Fraction, PositiveFloat, PositiveInt, Rate, SharesOne, Temperature, Where
+from permlab.permutation import PermutationSample, Site, invert
 
 NUM_DRAWS = 64  # the statistics of a law are those of so many orders, drawn alike every time
 
@@ -46,13 +47,19 @@ class Reorder(Method):
         temperature_in_log_prob: score the law that was drawn from. False scores the law at
             temperature 1 instead, the omission of the published formula and code; the gradient
             is then biased unless the temperature is 1.
+        num_temperature_steps: a defect of the released code, which moves its schedule on once an epoch though it
+            is made for every step: the number of epochs in the active phase, 30 there. The temperature then stays
+            for an equal part of the phase, and moves on by no more than one optimiser step's worth, so that it
+            hardly leaves its start. None: it moves on at every step.
+        inverse_initial_order: a defect of the released code: logits that begin with the inverse of the starting
+            order, which the active phase then jumps to. It shows where the two differ: not for row or column.
+        baseline_from_zero: a defect of the released code: `ema` begins at 0, not at the first reward, so that
+            advantages have the sign of the rewards until it has caught up.
     Raises:
         ValueError: for `leave_one_out` with one sample, or if the fractions exceed 1.
     Source: Kutscher et al. 2025, arXiv:2505.23751; leave-one-out: Kool et al. 2019,
         "Buy 4 REINFORCE samples, get a baseline for free".
-    Differs from source: the initial logits reproduce the starting order (the released code gets
-        its inverse); temperature steps with the optimiser, not once an epoch; the running
-        baseline starts at the first reward, not at zero; the rest are options.
+    Differs from source: the released code's defects are options, off by default; the rest are options too.
     Cost: O(n log n) for each order.
     Example:
         >>> site = Site(name="patches", order=torch.tensor([2, 0, 1]))
@@ -68,6 +75,7 @@ class Reorder(Method):
 
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "baseline_momentum": ("baseline", ["leave_one_out"]),
+        "baseline_from_zero": ("baseline", ["leave_one_out"]),
     }
 
     def __init__(
@@ -84,6 +92,9 @@ class Reorder(Method):
         baseline: Literal["ema", "leave_one_out"],
         baseline_momentum: Fraction,
         temperature_in_log_prob: bool,
+        num_temperature_steps: Annotated[PositiveInt | None, AddedLater(None)] = None,
+        inverse_initial_order: Annotated[bool, AddedLater(False)] = False,
+        baseline_from_zero: Annotated[bool, AddedLater(False)] = False,
     ) -> None:
         super().__init__(
             site, temperature=temperature, lr=lr, warmup_fraction=warmup_fraction, freeze_fraction=freeze_fraction
@@ -95,9 +106,11 @@ class Reorder(Method):
         self.leave_one_out = baseline == "leave_one_out"
         self.baseline_momentum = baseline_momentum
         self.temperature_in_log_prob = temperature_in_log_prob
-        self.logits = nn.Parameter(falling_scores(site, 0.0, -spread))
+        self.num_temperature_steps = num_temperature_steps
+        first = replace(site, order=invert(site.order)) if inverse_initial_order else site
+        self.logits = nn.Parameter(falling_scores(first, 0.0, -spread))
         self.register_buffer("baseline", torch.zeros((), device=site.order.device))
-        self.register_buffer("baseline_started", torch.zeros((), dtype=torch.bool, device=site.order.device))
+        self.register_buffer("baseline_started", torch.tensor(baseline_from_zero, device=site.order.device))
 
     def sample(self, items: Tensor | None, generator: torch.Generator | None) -> PermutationSample:
         logits = self._block_logits(*self._sample_axes(items))
@@ -109,7 +122,8 @@ class Reorder(Method):
         )
 
     def best(self, items: Float[Tensor, "*b n d"] | None = None) -> Int64[Tensor, "*c n"]:
-        return self.sort_by_score(self.logits.detach())
+        # The logits have not moved in warm-up, but need not give the order that is kept in it.
+        return self.start_order if self.phase == "warmup" else self.sort_by_score(self.logits.detach())
 
     def scores(self, items: Float[Tensor, "*b n d"] | None = None) -> Tensor | None:
         return self.logits
@@ -166,6 +180,11 @@ class Reorder(Method):
         self.baseline.copy_(torch.where(counts, after, self.baseline))
         self.baseline_started.logical_or_(counts)
         return before
+
+    def _progress(self, step: int, num_steps: int) -> float:
+        if self.num_temperature_steps is not None:
+            step = min(step, step * self.num_temperature_steps // max(1, num_steps), self.num_temperature_steps - 1)
+        return super()._progress(step, num_steps)
 
     def _sample_axes(self, items: Tensor | None) -> list[int]:
         batch = [1] if items is None else list(items.shape[:-2])

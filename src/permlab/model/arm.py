@@ -1,6 +1,6 @@
 """ARM: a Mamba over patches that scans rows and columns of the grid both ways."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from permlab.data.spec import DataSpec
 from permlab.model.vim import ScanBackbone, SelectiveScans, drop_path_of, drop_path_rates
 from permlab.ops.scan_order import scan_order
-from permlab.option import Dropout, PositiveInt, Side, Verbatim
+from permlab.option import AddedLater, Dropout, PositiveInt, Side, Verbatim
 
 
 class Arm(ScanBackbone):
@@ -43,6 +43,10 @@ class Arm(ScanBackbone):
             channels of the data; the head is kept only if the number of classes is the same. Those from before
             fine-tuning have one scan, whose parameters begin all four. The published ones read images normalised
             by ImageNet's mean and deviation, and their mean. None: random weights.
+        class_token: where it stands. `middle`, outside the grid; or `front`, a defect of the released code of the
+            second source, whose scans still leave out the middle of the sequence: the class token is the first cell
+            of the grid, the first half of the slots stand one cell further on, and the slot before the middle is
+            outside.
     Raises:
         ValueError: if the patch size does not divide the image, or pretrained weights cannot be read or do not fit.
     Source: Ren et al. 2024, arXiv:2406.07537, the network that is fine-tuned; as a backbone of learned orders,
@@ -50,8 +54,7 @@ class Arm(ScanBackbone):
     Differs from source: columns of any rectangle, where the published code has squares; the position table may be
         added by slot, or left out; the mean is over all slots, where the published one averages the means of the
         slots before and behind the class token, which differ in number where that of the slots is odd. Of the
-        second source: the class token is in the middle, where that puts it in front and yet takes the middle token
-        out of the grid, and the last token's features are read where it says so.
+        second source: the class token is in the middle, and the last token's features are read, where options say so.
     Cost: O(b depth n d (d + num_states)) time.
     Example:
         >>> spec = DataSpec(kind="image", num_classes=10, channels=1, height=8, width=12)
@@ -78,6 +81,7 @@ class Arm(ScanBackbone):
         position: Literal["item", "slot", "none"],
         readout: Literal["cls", "mean", "last"],
         pretrained: Verbatim | None,
+        class_token: Annotated[Literal["middle", "front"], AddedLater("middle")] = "middle",
     ) -> None:
         grid = spec.grid(patch_size)
         super().__init__(
@@ -93,14 +97,18 @@ class Arm(ScanBackbone):
             readout=readout,
             has_class=True,
             pretrained=pretrained,
+            class_slot=0 if class_token == "front" else None,
         )
 
     @property
     def idle_parameters(self) -> tuple[str, ...]:
-        """The last block's backward decays where the last slot is read, which is first in both backward scans."""
-        if self.readout != "last":
-            return ()
-        return tuple(f"blocks.{len(self.blocks) - 1}.scans.{name}" for name in ("A_b_log", "A_c_b_log"))
+        """The last block's decays in scans that begin with the token that is read: it has no past there."""
+        names: tuple[str, ...] = ()
+        if self.readout == "last":
+            names = ("A_b_log", "A_c_b_log")
+        elif self.readout == "cls" and self.class_slot == 0:
+            names = ("A_log", "A_c_log")
+        return tuple(f"blocks.{len(self.blocks) - 1}.scans.{name}" for name in names)
 
 
 class Block(nn.Module):
@@ -133,7 +141,8 @@ class GatedMlp(nn.Module):
 class GridScans(SelectiveScans):
     """Mean of four selective scans: rows forward and backward, columns forward (`_c`) and backward (`_c_b`).
 
-    Tokens are the slots of a grid, row by row, with the class token in the middle.
+    Tokens are the cells of a grid, row by row, around one in the middle that has no cell: the class token, if that
+    stands there.
 
     Args:
         grid: rows and columns.

@@ -33,16 +33,21 @@ class Backbone(nn.Module):
         num_items: number of items per sample.
         num_features: length of an item's feature vector.
         height, width: rows and columns of the grid of items; for a sequence 1 and its length.
+        position: `item` or `slot`, to which the position table is added, where there is one.
+        moves_positions: whether `position` may be changed between the two at any time, the table being the same; a
+            literal.
     """
 
     reads: ClassVar[tuple[str, ...]] = ("image",)
     stem: ClassVar[str] = ""
     blocks_of: ClassVar[str | None] = None
+    moves_positions: ClassVar[bool] = True
     head: nn.Module
     num_items: int
     num_features: int
     height: int
     width: int
+    position: str
 
     @property
     def order_matters(self) -> bool:

@@ -75,6 +75,7 @@ class Llama(Backbone):
     reads = ("image", "text")
     stem = "embedding"
     blocks_of = "llama"
+    moves_positions = False  # slots are told by rotation, items by a table
 
     checkpoints = "transformers"
     from_checkpoint: ClassVar[dict[str, tuple]] = {

@@ -44,6 +44,7 @@ class ScanBackbone(Backbone):
         blocks: from tokens to tokens; drawn one after the other, behind the patch embedding.
         norm: of the features.
         has_class: whether there is a class token.
+        class_slot: its place in the sequence, from 0; None for the middle.
         patch_size, position, readout, pretrained: as `Vim` has them.
     """
 
@@ -59,9 +60,11 @@ class ScanBackbone(Backbone):
         readout: str,
         has_class: bool,
         pretrained: str | None,
+        class_slot: int | None = None,
     ) -> None:
         super().__init__()
         self.set_grid(spec, patch_size)
+        self.class_slot = self.num_items // 2 if class_slot is None else class_slot
         self.num_features = width
         self.position, self.readout = position, readout
         self.patch_embed = _patch_embedding(spec.channels, width, patch_size)
@@ -84,11 +87,11 @@ class ScanBackbone(Backbone):
 
     def tokens(self, items: Float[Tensor, "b n d"]) -> Float[Tensor, "b t d"]:
         tokens = self._add_positions(items) if self.position == "slot" else items
-        middle = self.num_items // 2
         if self.cls_token is not None:
             # The table's last entry is the class token's.
             token = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, -1:]
-            tokens = torch.cat([tokens[:, :middle], token.expand(len(tokens), -1, -1), tokens[:, middle:]], dim=1)
+            before, behind = tokens[:, : self.class_slot], tokens[:, self.class_slot :]
+            tokens = torch.cat([before, token.expand(len(tokens), -1, -1), behind], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
         return self.norm(tokens)
@@ -96,13 +99,12 @@ class ScanBackbone(Backbone):
     def pool(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b d"]:
         if self.readout == "mean":
             return self.items_of(tokens).mean(1)
-        return tokens[:, self.num_items // 2 if self.readout == "cls" else -1]
+        return tokens[:, self.class_slot if self.readout == "cls" else -1]
 
     def items_of(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b n d"]:
         if self.cls_token is None:
             return tokens
-        middle = self.num_items // 2
-        return torch.cat([tokens[:, :middle], tokens[:, middle + 1 :]], dim=1)
+        return torch.cat([tokens[:, : self.class_slot], tokens[:, self.class_slot + 1 :]], dim=1)
 
     @property
     def stages(self) -> Sequence[nn.Module]:

@@ -42,7 +42,7 @@ def build_optimizer(
     of its own; the other groups' schedules end where the first stage begins.
 
     Args:
-        settings: lr, weight_decay, beta1, beta2, schedule, warmup_fraction.
+        settings: lr, weight_decay, beta1, beta2, schedule, warmup_fraction, hold_fraction.
         num_steps: optimiser steps of the whole training.
         stages: parts of the model that learn later than the rest.
     """
@@ -74,29 +74,34 @@ def build_optimizer(
 
 def _factor(settings: Mapping[str, Any], first: int, stop: int) -> Callable[[int], float]:
     """Of the learning rate at a step, its schedule running from the first step to the last before `stop`."""
-    schedule, warmup, last = settings["schedule"], settings["warmup_fraction"], max(1, stop - first - 1)
-    return lambda step: lr_factor(schedule, (step - first) / last, warmup_fraction=warmup)
+    last = max(1, stop - first - 1)
+    shape = {key: settings[key] for key in ("warmup_fraction", "hold_fraction")}
+    return lambda step: lr_factor(settings["schedule"], (step - first) / last, **shape)
 
 
-def lr_factor(schedule: str, progress: float, *, warmup_fraction: float) -> float:
+def lr_factor(schedule: str, progress: float, *, warmup_fraction: float, hold_fraction: float = 0.0) -> float:
     """Learning rate at a point of training, as a fraction of its peak.
 
     `onecycle` rises from 1/25 to 1 and falls to 1/250000, both along a cosine (Smith 2018,
     arXiv:1708.07120, with the fractions that torch's OneCycleLR uses); the others rise linearly
-    from 0 and then stay (`constant`), or fall to 0 (`linear`, `cosine`).
+    from 0 and then stay (`constant`), or fall to 0 (`linear`, `cosine`), at once or once the peak has been held.
 
     Args:
         progress: 0 at the first step, 1 at the last.
         warmup_fraction: part of the training that rises.
+        hold_fraction: part of the training, from its first step, before `linear` and `cosine` fall.
     Raises:
         ValueError: for an unknown schedule.
     Example:
         >>> [round(lr_factor("linear", p, warmup_fraction=0.5), 2) for p in (0.25, 0.5, 0.75, 1.0)]
         [0.5, 1.0, 0.5, 0.0]
+        >>> [lr_factor("linear", p, warmup_fraction=0.25, hold_fraction=0.5) for p in (0.25, 0.5, 0.75, 1.0)]
+        [1.0, 1.0, 0.5, 0.0]
     """
     progress = min(max(progress, 0.0), 1.0)
     rising = progress < warmup_fraction
-    part = progress / warmup_fraction if rising else (progress - warmup_fraction) / max(1e-12, 1 - warmup_fraction)
+    begin = warmup_fraction if schedule == "onecycle" else max(warmup_fraction, hold_fraction)
+    part = progress / warmup_fraction if rising else max(0.0, progress - begin) / max(1e-12, 1 - begin)
     cosine = (1 + math.cos(math.pi * part)) / 2
     if schedule == "onecycle":
         return 1 + (1 / 25 - 1) * cosine if rising else 4e-6 + (1 - 4e-6) * cosine

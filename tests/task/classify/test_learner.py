@@ -11,6 +11,7 @@ from runs import SHORT, assemble, configure, train
 from scipy.stats import kendalltau
 
 from permlab.config.build import build
+from permlab.config.check import plan_of
 from permlab.config.compose import resolve_train
 from permlab.data.spec import DataSpec
 from permlab.errors import ConfigError
@@ -88,6 +89,65 @@ def test_policy_weight_scales_the_policy_alone() -> None:
         gradients[weight] = [p.grad.clone() for p in (*task.method.parameters(), *task.model.parameters())]
     torch.testing.assert_close(gradients[2.0][0], 2 * gradients[1.0][0])
     torch.testing.assert_close(gradients[2.0][1:], gradients[1.0][1:])
+
+
+@pytest.mark.parametrize("model", ["vit_nano", "vim_nano", "arm_nano", "txl_nano", "longformer_nano"])
+def test_positions_jump_from_slots_to_items_when_the_policy_starts(model: str) -> None:
+    """As REOrder's released code does: the table is added without the order until there is one to learn."""
+    options = (f"model={model}", "model.patch_size=2", "model.position=item", "method=reorder", "method.order=column")
+    jumps, stays = (
+        attach(task_of(*options, "method.warmup_fraction=0.5", f"task.warmup_position={where}")).eval()
+        for where in ("slot", "same")
+    )
+    stays.load_state_dict(jumps.state_dict())
+    images, order, net = batch()[0], jumps.method.start_order, jumps.model
+    name, front, _ = net.item_positions
+    table = getattr(net, name).detach().reshape(-1, net.num_features)[front : front + net.num_items]
+    patches = net.embed(images) - table
+    by_slot, by_item = (net.head(net.encode(x)) for x in (patches[:, order] + table, (patches + table)[:, order]))
+    assert (by_slot - by_item).abs().max() > 1e-4
+    for step, expected in ((0, by_slot), (4, by_slot), (5, by_item), (9, by_item)):
+        jumps.num_steps = stays.num_steps = 10
+        jumps.advance(step)
+        stays.advance(step)
+        torch.testing.assert_close(jumps.predict(images), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(stays.predict(images), by_item, rtol=1e-4, atol=1e-5)
+
+
+def test_a_jump_needs_a_table_that_moves() -> None:
+    for model, position, message in (("vim_nano", "none", "not none"), ("llama_nano", "item", "Llama has no table")):
+        options = (f"model={model}", f"model.position={position}", "task.warmup_position=slot")
+        with pytest.raises(ConfigError, match=f"^task.warmup_position=slot: needs model.position=item; {message}"):
+            task_of(*options)
+
+
+RELEASED = (
+    *("method=reorder", "model=vim_nano", "optim.schedule=cosine", "optim.hold_fraction=0.45"),
+    *("optim.warmup_fraction=0.05", "method.warmup_fraction=0.15"),
+)
+
+
+@pytest.mark.parametrize(
+    ("option", "key", "value"),
+    [
+        ("task.control_schedule=without_hold", "optim.hold_fraction", 0.0),
+        ("task.warmup_position=slot", "model.position", "slot"),
+    ],
+)
+def test_a_defect_of_the_control_changes_one_key_of_it_and_nothing_of_the_refit(option, key, value) -> None:
+    found = {}
+    for words in (RELEASED, (*RELEASED, option)):
+        plan = plan_of(configure([*SHORT, *words]))
+        beside = plan.task.beside(plan, {"order": torch.arange(64)})
+        found[words] = {name: companion_plan(plan, each) for name, each in beside.items()}
+    fair, unfair = found.values()
+    group, name = key.split(".")
+    assert fair["refit"].digest == unfair["refit"].digest
+    assert fair["control"].digest != unfair["control"].digest
+    config = copy.deepcopy(fair["control"].config)
+    assert config[group][name] != value
+    config[group][name] = value
+    assert plan_of(config).digest == unfair["control"].digest
 
 
 def test_label_smoothing_changes_the_loss() -> None:

@@ -37,7 +37,8 @@ class ClassifyLearner(Learner):
         optim: settings of the optimiser, see `permlab.task.optim`.
         seed: of the method's noise, which is drawn from (seed, step) and so is the same on every rank.
     Raises:
-        ConfigError: if the teacher cannot be loaded, or has other classes where soft targets are wanted.
+        ConfigError: if the teacher cannot be loaded, or has other classes where soft targets are wanted; or if the
+            model has no position table to move.
     """
 
     method: Method
@@ -45,12 +46,24 @@ class ClassifyLearner(Learner):
 
     def __init__(self, task: Classify, model: Backbone, method: Method, optim: Mapping[str, Any], seed: int) -> None:
         super().__init__(task, model, method, optim, seed)
+        self._check_position()
         self._set_teacher(task.teacher, task.spec)
         self.confusion = MulticlassConfusionMatrix(task.spec.num_classes)
         self.confusion_counts: Tensor | None = None
 
     def make_scores(self) -> Scores:
         return ImageScores(self.spec.num_classes)
+
+    def _check_position(self) -> None:
+        position, name = getattr(self.model, "position", "none"), type(self.model).__name__
+        if self.task.warmup_position == "slot" and not (position == "item" and self.model.moves_positions):
+            reason = f"{name} has no table that slots share with items" if position == "item" else f"not {position}"
+            raise ConfigError(f"task.warmup_position=slot: needs model.position=item; {reason}")
+
+    def advance(self, step: int) -> None:
+        super().advance(step)
+        if self.task.warmup_position == "slot":
+            self.model.position = "slot" if self.method.phase == "warmup" else "item"
 
     def _set_teacher(self, name: str | None, spec: DataSpec) -> None:
         # In a tuple, so that the teacher's weights stay out of the checkpoints.

@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from permlab.config.check import count_items
 from permlab.config.plan import Plan
 from permlab.config.schema import component_options
 from permlab.data.spec import DataSpec
-from permlab.option import Fraction, NonNegativeFloat, PositiveFloat, Verbatim
+from permlab.option import AddedLater, Fraction, NonNegativeFloat, PositiveFloat, Verbatim
 from permlab.task.metric import ACCURACY, Metric, Row
 from permlab.task.task import Companion, Idle, Task
 
@@ -46,6 +47,12 @@ class Classify(Task):
             (Hinton et al. 2015, arXiv:1503.02531).
         feature_weight: mean squared error between the student's pooled features, through a
             learned linear map, and the teacher's.
+        control_schedule: learning rate of the control: `matched` to that of the learned order; or `without_hold`,
+            a defect of REOrder's released code (arXiv:2505.23751), in which the rate of fixed orders falls from the
+            end of the warm-up and that of learned ones stays at its peak (`optim.hold_fraction`) until the freeze.
+        warmup_position: where the position table is added while the starting order is kept: to the item, the
+            `same` as later, or to the `slot`, a defect of that code: there the table jumps when the policy starts,
+            and stays with the slot under a fixed order. So it does in the control, and not in the refit.
     """
 
     takes: ClassVar[tuple[str, ...]] = ("image",)
@@ -57,6 +64,7 @@ class Classify(Task):
 
     no_effect: ClassVar[dict[str, tuple[str, list]]] = {
         "distill_temperature": ("distill_weight", [0]),
+        "control_schedule": ("control", [False]),
     }
 
     def __init__(
@@ -70,6 +78,8 @@ class Classify(Task):
         distill_weight: NonNegativeFloat,
         distill_temperature: PositiveFloat,
         feature_weight: NonNegativeFloat,
+        control_schedule: Annotated[Literal["matched", "without_hold"], AddedLater("matched")] = "matched",
+        warmup_position: Annotated[Literal["same", "slot"], AddedLater("same")] = "same",
     ) -> None:
         super().__init__(spec)
         self.control = control
@@ -77,6 +87,7 @@ class Classify(Task):
         self.teacher = teacher
         self.distill_weight, self.distill_temperature = distill_weight, distill_temperature
         self.feature_weight = feature_weight
+        self.control_schedule, self.warmup_position = control_schedule, warmup_position
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -126,6 +137,11 @@ class Classify(Task):
             yield "task.policy_weight", f"method={method['name']}, which does not sample"
         if method["component"] == "fixed":
             yield "task.control", f"method={method['name']}, which is its own control"
+            yield "task.warmup_position", f"method={method['name']}, which has no warm-up"
+        elif not method.get("warmup_fraction"):
+            yield "task.warmup_position", f"method.warmup_fraction={method.get('warmup_fraction', 0)}"
+        if not plan.config["optim"]["hold_fraction"]:
+            yield "task.control_schedule", f"optim.hold_fraction={plan.config['optim']['hold_fraction']}"
 
     def complete(self, config: dict[str, Any]) -> None:
         if config["method"]["component"] == "fixed":
@@ -137,7 +153,16 @@ class Classify(Task):
         found = {"control": _at_order(plan, plan.config["method"]["order"])}
         if "order" in arrays:
             found["refit"] = _at_order(plan, arrays["order"].tolist())
-        return found
+        return {name: replace(each, change={**each.change, **self._unlike(name)}) for name, each in found.items()}
+
+    def _unlike(self, name: str) -> dict[str, Any]:
+        """In what a companion differs by the defects that are chosen, which it does not have itself."""
+        change: dict[str, Any] = {"task.control_schedule": "matched", "task.warmup_position": "same"}
+        if name == "control" and self.control_schedule == "without_hold":
+            change["optim.hold_fraction"] = 0.0
+        if name == "control" and self.warmup_position == "slot":
+            change["model.position"] = "slot"
+        return change
 
 
 def _at_order(plan: Plan, order: str | list[int]) -> Companion:

@@ -261,7 +261,7 @@ class Prune(Task):
         if self._num_logits() <= MAX_KEPT_WHOLE:
             yield "task.cache_gib", f"{self._num_logits():,} predictions, which are kept in memory"
         if not self.learns(plan):
-            optim = ("beta1", "beta2", "schedule", "warmup_fraction")
+            optim = ("beta1", "beta2", "schedule", "warmup_fraction", "hold_fraction")
             trainer = ("max_steps", "max_epochs", "gradient_clip_val", "on_nonfinite")
             keys = [*(f"task.{key}" for key in LOSS_OPTIONS), *(f"optim.{key}" for key in optim)]
             for key in [*keys, *(f"trainer.{key}" for key in trainer)]:
