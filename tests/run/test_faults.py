@@ -26,6 +26,7 @@ from runs import Result, train
 import permlab.record.lock
 import permlab.run.story
 import permlab.run.trainer
+import permlab.task.classify.learner
 from permlab.cli import main
 from permlab.errors import LockedError, WriteError
 from permlab.record.checkpoint import find_damage, newest_state
