@@ -3,8 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
-# Tests run in as many processes as there are cores, those of a file in one; WORKERS=0 runs all in one.
-WORKERS ?= auto
+# Tests run in three processes for every two cores, since some of them wait for ranks; WORKERS=0 runs all in one.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(3 * (os.cpu_count() or 1) // 2)')
 # Compiled modules are kept whatever the shell says: without them every process compiles all libraries anew.
 export PYTHONDONTWRITEBYTECODE :=
 
