@@ -3,6 +3,7 @@
 import csv
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -196,7 +197,14 @@ def test_a_study_runs_in_parallel_and_goes_on_where_it_stopped(
     assert not list((tmp_path / "runs").rglob("DONE"))
     assert (tmp_path / "results" / "tiny.md").read_text() == text
     assert main([*arguments, "--table"]) == 0
-    assert "fixed" not in (tmp_path / "results" / "tiny.md").read_text(), "without --kept only what lies here counts"
+    assert "nothing of it has been run" in capfd.readouterr().out
+    assert (tmp_path / "results" / "tiny.md").read_text() == text, "a table is not exchanged for none"
+    one = next(path.parent for path in (tmp_path / "far").rglob("DONE") if "sort_ste" in str(path))
+    shutil.copytree(one, tmp_path / "runs" / one.relative_to(tmp_path / "far"))
+    assert main([*arguments, "--table"]) == 0
+    table = (tmp_path / "results" / "tiny.md").read_text()
+    assert "sort_ste" in table
+    assert "fixed" not in table, "without --kept only what lies here counts"
     assert main([*arguments, "--table", "--kept"]) == 0
     assert (tmp_path / "results" / "tiny.md").read_text() == text, "its lines have stayed"
 

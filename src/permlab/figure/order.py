@@ -54,7 +54,7 @@ def order_figure(
     several = f", mean of {len(order)}" if order.ndim > 1 else ""
     titles = ["starting order", f"{name} order{several}, Kendall's tau to the starting one {kendall(*ranks):+.2f}"]
     if np.array_equal(ranks[0], ranks[1]):
-        ranks, titles = ranks[:1], [f"{name} order, which is the starting one"]
+        ranks, titles = ranks[:1], [f"{name} order{several}, which is the starting one"]
     if height == 1:
         return _sequence_figure(ranks, titles)
     figure = new_figure(4.8 * len(ranks) + 0.4, 8.4 * min(max(height / width, 0.4), 1.5) + 1.4)

@@ -64,6 +64,9 @@ def _run(options: argparse.Namespace) -> int:
     kept = read_kept(path.with_suffix(".jsonl")) if options.kept else {}
     codes = [] if options.table else _run_rest(jobs, plans, kept, options.processes)
     runs = [run for plan in plans if (run := find_finished(plan, kept)) is not None]
+    if not runs:
+        print(f"nothing of it has been run: {path}.md stays as it is")
+        return max(codes, default=0)
     write_kept(runs, path.with_suffix(".jsonl"))
     print(write_table(runs, path, before=_before(runs)))
     return max(codes, default=0)

@@ -313,9 +313,16 @@ def test_a_descent_ends_below_its_start(pruner: str, tmp_path: Path) -> None:
     losses, rounds = result.summary, result.arrays["sites"]["descent_loss"]
     assert losses["prune/calibration_loss"] < 0.9 * losses["prune/calibration_loss_start"]
     assert len(rounds) == 40 // len(task.calibration)
-    assert rounds[0] == pytest.approx(losses["prune/calibration_loss_start"], rel=0.5)
+    assert len(task.calibration) == 1, "so that a round is a step, and its loss that of all samples"
+    assert rounds[0] == pytest.approx(losses["prune/calibration_loss_start"], rel=1e-4)
     assert rounds[-1] < rounds[0]
     assert not list(tmp_path.rglob("*.ckpt")), "its state is not needed any more"
+
+
+def test_a_descent_beside_a_weight_update_never_ends_above_its_start(tmp_path: Path) -> None:
+    """Its swaps are predicted for weights that are not updated, so on random ones it may lead upwards."""
+    losses = descending(tmp_path, "method.num_descent_steps=40", "task.pruner=sparsegpt").finish(lambda: {}).summary
+    assert losses["prune/calibration_loss"] <= losses["prune/calibration_loss_start"] * (1 + 1e-5)
 
 
 def test_a_descent_that_leads_nowhere_keeps_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
